@@ -49,10 +49,12 @@ class _Reply(_Message, frozen=True, kw_only=True):
 
 
 class Hello(_Request, frozen=True, kw_only=True):
-    """First message on a connection. `client` describes the process for `status`."""
+    """First message on a connection. `client` describes the process for `status`; `instance` is a
+    random name of the client object, the same on each of its reconnections (see Drained)."""
 
     protocol: int
     client: str = ""
+    instance: str = ""
 
 
 class OpenRefit(_Request, frozen=True, kw_only=True):
@@ -60,7 +62,8 @@ class OpenRefit(_Request, frozen=True, kw_only=True):
 
     `components` None means every component; with `partial` any subset of the named components'
     tensors may be written. `extend` permits names the base version lacks. `base` None means the
-    tag's own version, else `latest`; a model without versions has no base.
+    tag's own version, else `latest`; a model without versions has no base, nor has a `fresh` refit:
+    its version holds exactly the tensors it reserves and writes.
     """
 
     model: str
@@ -69,6 +72,7 @@ class OpenRefit(_Request, frozen=True, kw_only=True):
     components: list[str] | None = None
     partial: bool = False
     extend: bool = False
+    fresh: bool = False
     in_place: bool = False
     key: str | None = None
     rank: int = 0
@@ -103,7 +107,7 @@ class AbortRefit(_Request, frozen=True, kw_only=True):
 
 
 class Drained(_Request, frozen=True, kw_only=True):
-    """After a reconnect: none of this process's copies into any earlier refit is still landing."""
+    """After a reconnect: no copy of this client instance into an earlier refit is still landing."""
 
 
 class OpenLease(_Request, frozen=True, kw_only=True):
