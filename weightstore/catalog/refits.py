@@ -1,0 +1,242 @@
+"""Refits: write transactions shared by one or more writers.
+
+    OPEN ── every writer committed, coverage exact ──► COMMITTED   a new version
+      └──── a writer aborts, dies or never comes ────► ABORTED     nothing
+
+A refit owns the extents it reserved (`owned`) until it ends: on commit they become the version's,
+on abort they go back, or into quarantine while one of its writers may still be writing. An
+in-place refit owns none; its targets are the base version's own extents.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+from weightstore.catalog.coverage import describe_problems
+from weightstore.catalog.versions import Model, Version
+from weightstore.catalog.writers import Peer, Writer
+from weightstore.errors import CoverageError, InvalidTensor, RefitClosed, UsageError
+from weightstore.types import Extent, TensorRecord, TensorSpec, component_of, nbytes_of
+from weightstore.wire import OpenRefit, Write
+
+
+class RefitState(Enum):
+    OPEN = "open"
+    COMMITTED = "committed"
+    ABORTED = "aborted"
+
+
+REFIT_MOVES: Final[dict[RefitState, frozenset[RefitState]]] = {
+    RefitState.OPEN: frozenset({RefitState.COMMITTED, RefitState.ABORTED}),
+    RefitState.COMMITTED: frozenset(),
+    RefitState.ABORTED: frozenset(),
+}
+
+
+@dataclass(eq=False)
+class Refit:
+    """One write transaction.
+
+    Attributes:
+        targets: the tensors that have a place to be written to.
+        owned: extents reserved for it, distinct and non-empty.
+        joined: the peer of each rank that has come; `votes` what each committed rank wrote.
+        torn_before: what was torn in the base when an in-place refit opened.
+    """
+
+    number: int
+    model: str
+    tag: str
+    base: Version | None
+    declared: OpenRefit
+    opened: float
+    targets: dict[str, TensorRecord] = field(default_factory=dict)
+    owned: list[Extent] = field(default_factory=list)
+    joined: dict[int, Peer] = field(default_factory=dict)
+    votes: dict[int, list[Write]] = field(default_factory=dict)
+    torn_before: frozenset[str] = frozenset()
+    state: RefitState = RefitState.OPEN
+    version: int = 0
+    reason: str = ""
+
+    @property
+    def deadline(self) -> float:
+        """When it is aborted if ranks are still missing, or some have committed and others not."""
+        return self.opened + self.declared.timeout
+
+    def move(self, state: RefitState, reason: str = "") -> None:
+        self.require_open()
+        if state not in REFIT_MOVES[self.state]:
+            raise ValueError(f"refit {self.number} cannot go from {self.state.value} to {state.value}")
+        self.state = state
+        self.reason = reason
+
+    def require_open(self) -> None:
+        if self.state is not RefitState.OPEN:
+            why = f": {self.reason}" if self.reason else ""
+            raise RefitClosed(
+                f"refit {self.number} of {self.model!r} was already {self.state.value}{why}; open a new one",
+                refit=self.number,
+                state=self.state.value,
+            )
+
+    def rank_of(self, peer: Peer) -> int | None:
+        return next((rank for rank, joined in self.joined.items() if joined == peer), None)
+
+    def writing(self) -> set[Writer]:
+        """Writers that may have copies in flight: those who joined and have not committed yet."""
+        return {peer.writer for rank, peer in self.joined.items() if rank not in self.votes}
+
+    def complete(self) -> bool:
+        return len(self.votes) == self.declared.world_size
+
+    def all_writes(self) -> list[Write]:
+        return [write for rank in sorted(self.votes) for write in self.votes[rank]]
+
+    # -- what it may write -------------------------------------------------------------------------
+
+    def in_scope(self, name: str) -> bool:
+        components = self.declared.components
+        return components is None or component_of(name) in components
+
+    def declared_names(self) -> list[str]:
+        """The base's tensors that get a place at once: all in scope, unless the refit is partial."""
+        if self.base is None or self.declared.partial:
+            return []
+        return [name for name in self.base.records if self.in_scope(name)]
+
+    def with_ties(self, names: Iterable[str]) -> list[str]:
+        """`names` and every base tensor tied to one of them, in the base's order: a tie moves whole."""
+        if self.base is None:
+            return list(names)
+        wanted = set(names)
+        extents = {
+            self.base.records[n].extent
+            for n in wanted
+            if n in self.base.records and self.base.records[n].nbytes
+        }
+        return [n for n, r in self.base.records.items() if n in wanted or r.extent in extents]
+
+    def check_specs(self, specs: Sequence[TensorSpec]) -> None:
+        """Raise CoverageError with every name of `specs` that the refit may not write as given."""
+        problems: dict[str, list[str]] = {}
+        known = self.base.records if self.base is not None else {}
+        for spec in specs:
+            here = self.targets.get(spec.name) or known.get(spec.name)
+            if not self.in_scope(spec.name):
+                problems.setdefault("undeclared", []).append(spec.name)
+            elif here is None:
+                if self.base is not None and not self.declared.extend:
+                    problems.setdefault("unknown", []).append(spec.name)
+            elif (here.dtype, here.shape) != (spec.dtype, spec.shape):
+                problems.setdefault("mismatched", []).append(spec.name)
+        counts = Counter(spec.name for spec in specs)
+        repeated = [name for name, count in counts.items() if count > 1]
+        if repeated:
+            problems["duplicate"] = repeated
+        if problems:
+            raise CoverageError(describe_problems(self.describe(), problems), **problems)
+
+    def describe(self) -> str:
+        base = f" on version {self.base.number}" if self.base is not None else ""
+        return f"refit of {self.model!r} tag {self.tag!r}{base}"
+
+
+def check_declaration(request: OpenRefit, model: Model | None, base: Version | None) -> None:
+    """Raise UsageError or CoverageError for a refit that contradicts itself or its base."""
+    if not 0 <= request.rank < request.world_size:
+        raise UsageError(f"rank {request.rank} is not in 0 to {request.world_size - 1} (world_size - 1)")
+    if request.world_size > 1 and request.key is None:
+        raise UsageError(f"{request.world_size} writers share this refit: give all of them the same key=")
+    if not request.timeout > 0:
+        raise UsageError(f"timeout must be positive, not {request.timeout}")
+    if request.in_place and (request.fresh or request.extend):
+        raise UsageError("an in-place refit writes over its base, so it can be neither fresh nor extend it")
+    if base is not None:
+        present = {component_of(name) for name in base.records}
+        unknown = [c for c in request.components or [] if c not in present]
+        if unknown and not request.extend:
+            raise CoverageError(
+                f"model {request.model!r} version {base.number} has no component {', '.join(unknown)}; it has "
+                f"{', '.join(sorted(present))} (extend=True adds new ones)",
+                unknown=unknown,
+            )
+        return
+    if request.in_place or request.partial:
+        what = "an in-place" if request.in_place else "a partial"
+        why = "fresh" if request.fresh and model is not None else "the model's first"
+        raise UsageError(
+            f"{what} refit of {request.model!r} needs a base version, and this one is {why}; write the whole "
+            "model first"
+        )
+
+
+def same_transaction(first: OpenRefit, other: OpenRefit) -> bool:
+    """Whether a rank that joins declares what the first one declared."""
+
+    def shape(r: OpenRefit) -> tuple[object, ...]:
+        scope = None if r.components is None else tuple(sorted(r.components))
+        return (r.base, scope, r.partial, r.extend, r.fresh, r.in_place, r.world_size)
+
+    return shape(first) == shape(other)
+
+
+def place_specs(
+    specs: Sequence[TensorSpec], targets: dict[str, TensorRecord], base: Version | None
+) -> tuple[list[int], list[tuple[TensorSpec, int]]]:
+    """Decide which specs need space of their own.
+
+    Returns sizes to reserve, and for each spec that is not in `targets` yet the index of its size,
+    or of its alias's. An alias of a tensor already placed gets index ``-1``. What is tied in the base
+    stays tied, whatever the spec says.
+
+    Raises:
+        InvalidTensor: an alias of an unknown tensor, or of one with another size.
+    """
+    by_name = {spec.name: spec for spec in specs}
+    tied: dict[Extent, int] = {}
+    sizes: list[int] = []
+    index: dict[str, int] = {}
+    placed: list[tuple[TensorSpec, int]] = []
+
+    def place(spec: TensorSpec) -> int:
+        if spec.name in index:
+            return index[spec.name]
+        nbytes = nbytes_of(spec.dtype, spec.shape)
+        old = base.records.get(spec.name) if base is not None else None
+        if old is None and spec.alias_of is not None:
+            slot = follow(spec, nbytes)
+        elif old is not None and nbytes and old.extent in tied:
+            slot = tied[old.extent]
+        else:
+            slot = len(sizes)
+            sizes.append(nbytes)
+            if old is not None and nbytes:
+                tied[old.extent] = slot
+        index[spec.name] = slot
+        placed.append((spec, slot))
+        return slot
+
+    def follow(spec: TensorSpec, nbytes: int) -> int:
+        target = spec.alias_of or ""
+        other = by_name.get(target)
+        if other is not None and other.alias_of is None:
+            if nbytes_of(other.dtype, other.shape) != nbytes:
+                raise InvalidTensor(f"{spec.name!r} cannot share the bytes of {target!r}: their sizes differ")
+            return place(other)
+        if target in targets:
+            if targets[target].nbytes != nbytes:
+                raise InvalidTensor(f"{spec.name!r} cannot share the bytes of {target!r}: their sizes differ")
+            return -1
+        raise InvalidTensor(
+            f"{spec.name!r} is declared an alias of {target!r}, which this refit does not write itself"
+        )
+
+    for spec in specs:
+        if spec.name not in targets:
+            place(spec)
+    return sizes, placed

@@ -1,0 +1,153 @@
+"""Whose every byte of the data area is.
+
+Invariants: free + reachable + pending + quarantined = committed; no extent is in two hands; an
+extent shared by several versions is counted once and freed with the last of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from weightstore.allocator import Allocator
+from weightstore.catalog.writers import Writer
+from weightstore.types import Extent, align_up
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Bytes of the committed data area by hand."""
+
+    committed: int
+    free: int
+    reachable: int
+    pending: int
+    quarantined: int
+    largest_free: int
+
+
+@dataclass
+class Debt:
+    """Extents of refit `refit` that come back once none of `holdouts` can still be writing to them."""
+
+    refit: int
+    extents: tuple[Extent, ...]
+    holdouts: set[Writer]
+
+
+class Space:
+    def __init__(self, start: int, committed: int = 0) -> None:
+        self._allocator = Allocator(start, committed)
+        self._references: dict[Extent, int] = {}
+        self._reachable = 0
+        self._pending = 0
+        self.debts: list[Debt] = []
+
+    # -- growth and accounting ---------------------------------------------------------------------
+
+    @property
+    def committed(self) -> int:
+        return self._allocator.size
+
+    def grow(self, nbytes: int) -> None:
+        self._allocator.grow(nbytes)
+
+    def usage(self) -> Usage:
+        return Usage(
+            committed=self._allocator.size,
+            free=self._allocator.free_bytes,
+            reachable=self._reachable,
+            pending=self._pending,
+            quarantined=sum(_span(e) for debt in self.debts for e in debt.extents),
+            largest_free=self._allocator.largest_free,
+        )
+
+    def free_blocks(self) -> list[Extent]:
+        return self._allocator.free_blocks()
+
+    def references(self) -> dict[Extent, int]:
+        return dict(self._references)
+
+    # -- a refit's hand ----------------------------------------------------------------------------
+
+    def reserve(self, sizes: Sequence[int]) -> list[Extent]:
+        """Space for an open refit. Raises NoSpace."""
+        extents = self._allocator.reserve(sizes)
+        self._pending += sum(_span(e) for e in extents)
+        return extents
+
+    def give_up(self, refit: int, extents: Sequence[Extent], holdouts: Iterable[Writer]) -> None:
+        """An open refit ends in nothing: free its (non-empty) extents, or quarantine them while writers
+        hold out."""
+        self._pending -= sum(_span(e) for e in extents)
+        waiting = set(holdouts)
+        if waiting and extents:
+            self.debts.append(Debt(refit, tuple(extents), waiting))
+        else:
+            self._allocator.release(extents)
+
+    def settle(self, writer: Writer, refit: int | None = None) -> bool:
+        """`writer` has no copy in flight any more: into that refit, or (its process is gone, or it has
+        drained everything) into any. True if space came back."""
+        for debt in self.debts:
+            if refit is None or debt.refit == refit:
+                debt.holdouts.discard(writer)
+        paid = [debt for debt in self.debts if not debt.holdouts]
+        self.debts = [debt for debt in self.debts if debt.holdouts]
+        for debt in paid:
+            self._allocator.release(debt.extents)
+        return bool(paid)
+
+    def holdouts(self) -> set[Writer]:
+        return {writer for debt in self.debts for writer in debt.holdouts}
+
+    # -- the versions' hand ------------------------------------------------------------------------
+
+    def publish(self, pending: Iterable[Extent]) -> None:
+        """Extents of a refit that now commits leave its hand; `refer` must follow."""
+        self._pending -= sum(_span(e) for e in pending)
+
+    def refer(self, extents: Iterable[Extent]) -> None:
+        """One more live version refers to these (distinct, non-empty) extents."""
+        for extent in extents:
+            count = self._references.get(extent, 0)
+            self._references[extent] = count + 1
+            if not count:
+                self._reachable += _span(extent)
+
+    def drop(self, extents: Iterable[Extent]) -> None:
+        """One version fewer refers to these extents; the last reference frees them."""
+        freed = []
+        for extent in extents:
+            count = self._references[extent] - 1
+            if count:
+                self._references[extent] = count
+            else:
+                del self._references[extent]
+                freed.append(extent)
+        self._reachable -= sum(_span(e) for e in freed)
+        self._allocator.release(freed)
+
+    def shared(self, extents: Iterable[Extent]) -> bool:
+        """Whether more than one live version refers to any of these extents."""
+        return any(self._references.get(e, 0) > 1 for e in extents)
+
+    # -- recovery ----------------------------------------------------------------------------------
+
+    def recover(self, versions: Iterable[Iterable[Extent]], debts: Iterable[Debt]) -> None:
+        """Take the extents of recovered versions and debts out of the free space.
+
+        Raises:
+            ValueError: they overlap or lie outside the committed range.
+        """
+        for extents in versions:
+            extents = list(extents)
+            self._allocator.claim(e for e in extents if e not in self._references)
+            self.refer(extents)
+        for debt in debts:
+            self._allocator.claim(debt.extents)
+            self.debts.append(debt)
+
+
+def _span(extent: Extent) -> int:
+    return align_up(extent.nbytes)
