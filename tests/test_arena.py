@@ -22,7 +22,7 @@ import pytest
 
 from weightstore import arena as arena_module
 from weightstore.admission import Admission
-from weightstore.arena import Arena, lock_holder
+from weightstore.arena import Arena
 from weightstore.errors import ArenaFull, ArenaUnusable, InvalidName, UsageError
 from weightstore.layout import (
     BLOBS_OFFSET,
@@ -36,6 +36,7 @@ from weightstore.layout import (
     read_committed,
     unpack_header,
 )
+from weightstore.segment import lock_holder
 
 Open = Callable[..., Arena]
 

@@ -98,8 +98,8 @@ class Admission:
     def _advice(self, limit: Limit) -> str:
         if limit.source == str(self._shm):
             return (
-                f"Make it larger (mount -o remount,size=SIZE {self._shm}; in Docker --shm-size; in Kubernetes "
-                "an emptyDir of medium Memory), or store fewer versions."
+                f"Make it larger (mount -o remount,size=SIZE {self._shm}; Docker: --shm-size; Kubernetes: an "
+                "emptyDir of medium Memory), or store fewer versions."
             )
         if limit.source == "MemAvailable":
             return "Free host memory, remove versions from the store, or lower --reserve."

@@ -10,9 +10,7 @@ Invariants:
   or dies; descriptors given to others are new descriptions, so no client can hold or drop that lock;
 - `committed` in the header grows only after the pages below it exist, so after a kill it may be too
   small (committing again is harmless) but never too large;
-- an object that is not an arena of this layout, or belongs to somebody else, is left exactly as it was;
-- creation writes the header page in one write before the segment gets its size, so a kill in between
-  leaves an object that the next store recognises and completes.
+- an object that `segment` does not recognise as ours is left exactly as it was.
 
 Kernel behaviour this relies on: MADV_POPULATE_WRITE (Linux 5.14) reports EFAULT where a touch would
 raise SIGBUS; MADV_REMOVE on a shared mapping frees the pages of the object itself; a MAP_SHARED mapping of
@@ -27,7 +25,6 @@ import errno
 import fcntl
 import mmap
 import os
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -53,8 +50,8 @@ from weightstore.layout import (
     pack_committed,
     pack_header,
     read_committed,
-    unpack_header,
 )
+from weightstore.segment import adopt, create, names, open_locked
 from weightstore.sizes import format_size
 from weightstore.types import MAX_NBYTES, align_up, check_name
 
@@ -132,10 +129,11 @@ class Arena:
             )
         fresh = Header(uuid4(), align_up(capacity, PAGE), align_up(window, PAGE), time.time())
         what = f"shared memory object /dev/shm/{name}"
-        fd = _open_locked(name, what)
+        fd = open_locked(name, what)
+        # A kill between the creation of an object and its header leaves an empty one.
         adopted = os.fstat(fd).st_size > 0
         try:
-            header = _adopt(fd, fresh, what) if adopted else _create(fd, fresh, admission)
+            header = adopt(fd, fresh, what) if adopted else create(fd, fresh, admission)
             arena = cls(name, fd, header, adopted, admission)
         except BaseException:
             if not adopted:
@@ -203,7 +201,7 @@ class Arena:
     def unlink(self) -> None:
         """Remove the name; the memory is freed when the last mapping goes. An object that has taken the
         name since is not touched."""
-        if _names(self.name, self._fd):
+        if names(self.name, self._fd):
             posix_ipc.unlink_shared_memory(f"/{self.name}")
 
     def close(self) -> None:
@@ -305,118 +303,3 @@ def _retry(call: Callable[[], None]) -> None:
             return call()
         except InterruptedError:
             continue
-
-
-def _open_locked(name: str, what: str) -> int:
-    """Descriptor of the object `name`, created if absent, exclusively locked, and still under its name."""
-    while True:
-        try:
-            # size stays 0: posix_ipc resizes whatever exists to the size it is given.
-            fd = int(posix_ipc.SharedMemory(f"/{name}", posix_ipc.O_CREAT, mode=0o600).fd)
-        except (posix_ipc.Error, OSError) as error:
-            raise ArenaUnusable(
-                f"{what} cannot be opened ({error}); if it is another user's, choose another --arena name"
-            ) from None
-        try:
-            _check_owner(fd, what)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = lock_holder(fd)
-                who = f"pid {holder}" if holder else "another process"
-                raise ArenaUnusable(
-                    f"{what} is in use by {who}; connect to that store, stop it, or choose another --arena name",
-                    pid=holder,
-                ) from None
-            # Between open and lock its last owner may have unlinked it: then this memory is nameless.
-            if _names(name, fd):
-                return fd
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
-
-
-def _check_owner(fd: int, what: str) -> None:
-    owner = os.fstat(fd).st_uid
-    if owner != os.geteuid():
-        raise ArenaUnusable(
-            f"{what} belongs to uid {owner}, this process runs as uid {os.geteuid()}; choose another --arena "
-            "name"
-        )
-
-
-def _create(fd: int, header: Header, admission: Admission) -> Header:
-    """Turn an empty object into an arena."""
-    admission.check(HEADER_BYTES)
-    os.fchmod(fd, 0o600)  # whatever the umask or an unlucky earlier creator made of it
-    page = pack_header(header).ljust(HEADER_BYTES, b"\0")
-    try:
-        written = os.pwrite(fd, page, 0)
-    except OSError as error:
-        raise ArenaFull(
-            f"/dev/shm has no room for even one page ({error.strerror}); enlarge it or free space",
-            requested=HEADER_BYTES,
-        ) from None
-    if written != HEADER_BYTES:
-        raise ArenaFull("/dev/shm took only a part of the header page; free space", requested=HEADER_BYTES)
-    _resize(fd, header)
-    return header
-
-
-def _adopt(fd: int, wanted: Header, what: str) -> Header:
-    """Validate a leftover, grow the object to the wanted capacity and return the header it should have.
-    Raises ArenaUnusable before any change."""
-    size = os.fstat(fd).st_size
-    page = os.pread(fd, HEADER_BYTES, 0)
-    found = unpack_header(page, what)
-    if size != HEADER_BYTES and size < found.nbytes:
-        raise ArenaUnusable(
-            f"{what} is {size} bytes, its header says {found.nbytes}: it was cut and is left alone; remove "
-            "it if its weights are not needed"
-        )
-    committed = read_committed(page) if len(page) == HEADER_BYTES else 0
-    if committed > found.capacity or (size == HEADER_BYTES and committed):
-        raise ArenaUnusable(
-            f"{what} claims {committed} committed bytes of {min(size, found.capacity)}: its header is damaged"
-        )
-    capacity = max(found.capacity, wanted.capacity)
-    header = Header(found.uuid, capacity, found.window, found.created)
-    if size < header.nbytes:
-        _resize(fd, header)
-    return header
-
-
-def _resize(fd: int, header: Header) -> None:
-    try:
-        os.ftruncate(fd, header.nbytes)
-    except OSError as error:
-        raise ArenaUnusable(
-            f"the system refuses a shared memory object of {format_size(header.nbytes)} ({error.strerror}); "
-            "lower --capacity"
-        ) from None
-
-
-def _names(name: str, fd: int) -> bool:
-    """Whether `name` still refers to the object behind `fd`."""
-    try:
-        other = int(posix_ipc.SharedMemory(f"/{name}").fd)
-    except posix_ipc.ExistentialError:
-        return False
-    try:
-        return os.path.samestat(os.fstat(other), os.fstat(fd))
-    finally:
-        os.close(other)
-
-
-def lock_holder(fd: int) -> int | None:
-    """Pid that holds a flock on the file behind `fd`, or None if nobody in this pid namespace does."""
-    stat = os.fstat(fd)
-    device = f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}:{stat.st_ino}"
-    pattern = re.compile(rf"\d+: FLOCK +\S+ +\S+ +(\d+) {re.escape(device)} ")
-    try:
-        with open("/proc/locks") as locks:
-            found = [match for line in locks if (match := pattern.match(line))]
-    except OSError:
-        return None
-    return int(found[0][1]) or None if found else None
