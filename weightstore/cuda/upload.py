@@ -1,0 +1,280 @@
+"""A trainer's CUDA tensors copied straight into pinned arena memory, asynchronously.
+
+A tensor that already has the target's dtype and memory order is one DMA. Anything else (another dtype, a
+transposed or strided view, a target that is a box of a larger tensor) is first gathered on the GPU into a
+small scratch buffer in the target's order, piece by piece, and each piece is one DMA.
+
+Streams and lifetimes:
+- the gather stream and the copy stream both wait for what the caller's current stream held when `put` was
+  called, so whatever produced the tensor there has finished when it is read;
+- a source is kept alive until the event after its last copy has passed; sources whose copies are done are let
+  go at every `put`, and `put` waits once `PENDING` bytes are on their way, so that temporaries (an
+  all-gathered tensor) do not pile up. A caller that overwrites a source in place must `drain` first;
+- a scratch slot is gathered into only after the copy that read it last, and copied only after its gather.
+
+Nothing lands after `drain` (or `close`) returned: a commit calls it first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+import torch
+
+from weightstore.cuda import driver
+from weightstore.cuda.copies import Copier
+from weightstore.cuda.pinning import Mapping, PinnedArena
+from weightstore.errors import DeviceError
+
+SCRATCH: Final = 64 << 20
+"""Bytes of one of the two scratch slots; allocated only when something must be gathered."""
+PENDING: Final = 4 << 30
+"""Bytes that may be on their way before `put` waits."""
+GROUP: Final = 256 << 20
+"""Bytes of copies covered by one event."""
+
+_cuda: Any = (
+    torch.cuda
+)  # its streams and events are partly untyped, and which parts depends on torch's version
+
+
+class Strides(NamedTuple):
+    """One dimension of a copy: size, and steps in elements in the target and in the source."""
+
+    size: int
+    target: int
+    source: int
+
+
+def merge(shape: Sequence[int], target: Sequence[int], source: Sequence[int]) -> list[Strides]:
+    """The fewest dimensions that describe copying `source` strides to `target` strides, in the target's
+    memory order. Pure. An empty list is a single element; a size of 0 never appears with others."""
+    if 0 in shape:
+        return [Strides(0, 1, 1)]
+    dims = sorted(
+        (Strides(*d) for d in zip(shape, target, source, strict=True) if d[0] != 1),
+        key=lambda d: (d.target, d.source),
+        reverse=True,
+    )
+    merged: list[Strides] = []
+    for dim in dims:
+        if merged:
+            outer = merged[-1]
+            if outer.target == dim.size * dim.target and outer.source == dim.size * dim.source:
+                merged[-1] = Strides(outer.size * dim.size, dim.target, dim.source)
+                continue
+        merged.append(dim)
+    return merged
+
+
+def _has_rows(dims: Sequence[Strides]) -> bool:
+    """Whether both sides consist of contiguous rows of the innermost dimension that do not overlap."""
+    if not dims:
+        return True
+    row = dims[-1]
+    return row.target == row.source == 1 and all(outer.source >= row.size for outer in dims[:-1])
+
+
+def tiles(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
+    """Index tuples that cut a tensor of `shape` into pieces of at most `limit` elements, in order. Pure."""
+    if not shape:
+        yield ()
+        return
+    row = math.prod(shape[1:])
+    if row <= limit:
+        step = max(limit // max(row, 1), 1)
+        for at in range(0, shape[0], step):
+            yield (slice(at, min(at + step, shape[0])), *(slice(0, n) for n in shape[1:]))
+        return
+    for at in range(shape[0]):
+        for rest in tiles(shape[1:], limit):
+            yield (slice(at, at + 1), *rest)
+
+
+class Uploader:
+    """Copies from one CUDA device into one writable mapping. Used by one thread at a time.
+
+    Attributes:
+        nbytes: bytes handed to `put` so far.
+    """
+
+    def __init__(self, mapping: Mapping, device: torch.device) -> None:
+        """Raises DeviceError if the device cannot be used, DependencyMissing without cuda-bindings."""
+        if not mapping.writable:
+            raise DeviceError("tensors can be uploaded only through a writable mapping of the arena")
+        ordinal = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", ordinal)
+        self.nbytes = 0
+        self._driver = driver.device(ordinal)
+        self._base = mapping.address
+        self._span = mapping.nbytes
+        self._arena = PinnedArena.share(mapping, self._driver)
+        self._copier = Copier(self._driver, self._arena)
+        self._copy = _cuda.Stream(self.device)
+        self._gather = _cuda.Stream(self.device)
+        self._produced = _cuda.Event()
+        self._scratch: list[_Slot] = []
+        self._turn = 0
+        self._group: list[torch.Tensor] = []
+        self._group_bytes = 0
+        self._pending: deque[tuple[Any, list[torch.Tensor], int]] = deque()
+        self._pending_bytes = 0
+        self._closed = False
+
+    @property
+    def staged_reason(self) -> str | None:
+        """Why copies went through a bounce buffer, or None."""
+        return self._copier.staged_reason
+
+    def put(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Enqueue `target.copy_(source)`: source on this device, target a view of the mapping, equal shapes.
+
+        The source is read after the work now on the caller's current stream, and kept alive until then. It
+        must not be overwritten before `drain`.
+
+        Raises:
+            DeviceError: the target is not in the mapping, or the driver refused.
+        """
+        if self._closed:
+            raise DeviceError("the uploader is closed")
+        if source.shape != target.shape or source.device != self.device:
+            raise DeviceError(
+                f"cannot upload {tuple(source.shape)} on {source.device} to {tuple(target.shape)}: this "
+                f"uploader serves {self.device}"
+            )
+        if target.numel() == 0:
+            return
+        source = source.detach()
+        nbytes = target.numel() * target.element_size()
+        self._retire()
+        self._produced.record(torch.cuda.current_cuda.Stream(self.device))
+        if not self._direct(source, target):
+            self._gathered(source, target)
+        self._keep(source, nbytes)
+        self.nbytes += nbytes
+
+    def drain(self) -> None:
+        """Wait until everything put so far has landed, and let go of the sources.
+
+        Raises:
+            DeviceError: a copy failed; what the targets hold is undefined.
+        """
+        self._group, self._group_bytes = [], 0
+        try:
+            with self._driver.current():
+                driver.call("cuStreamSynchronize", self._gather.cuda_stream)
+                driver.call("cuStreamSynchronize", self._copy.cuda_stream)
+        finally:
+            # On failure the context is lost and nothing reads the sources any more.
+            self._pending.clear()
+            self._pending_bytes = 0
+
+    def close(self) -> None:
+        """Drain, free the scratch buffers and end this user's share of the pinned arena. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.drain()
+        finally:
+            self._scratch.clear()
+            self._copier.close()
+            self._arena.close()
+
+    # -- copies --------------------------------------------------------------------------------------
+
+    def _direct(self, source: torch.Tensor, target: torch.Tensor) -> bool:
+        """DMA from the source itself, if its rows are the target's rows."""
+        if source.dtype != target.dtype or source.is_conj() or source.is_neg():
+            return False
+        dims = merge(source.shape, target.stride(), source.stride())
+        if not _has_rows(dims):
+            return False
+        self._copy.wait_event(self._produced)
+        self._rows(dims, source.data_ptr(), self._offset(target), source.element_size())
+        return True
+
+    def _gathered(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """DMA from scratch slots into which the source is gathered in the target's memory order and dtype."""
+        order = sorted(range(target.dim()), key=target.stride, reverse=True)
+        source, target = source.permute(order), target.permute(order)
+        self._gather.wait_event(self._produced)
+        for tile in tiles(target.shape, SCRATCH // target.element_size()):
+            part = target[tile]
+            slot = self._slot()
+            self._gather.wait_event(slot.copied)
+            with torch.cuda.device(self.device), torch.cuda.stream(self._gather):
+                flat = slot.buffer[: part.numel() * part.element_size()].view(part.dtype)
+                dense = flat.view(part.shape)
+                dense.copy_(source[tile])
+            slot.filled.record(self._gather)
+            self._copy.wait_event(slot.filled)
+            dims = merge(part.shape, part.stride(), dense.stride())
+            self._rows(dims, dense.data_ptr(), self._offset(part), part.element_size())
+            slot.copied.record(self._copy)
+
+    def _rows(self, dims: Sequence[Strides], source: int, offset: int, item: int) -> None:
+        """Enqueue the copies of `dims`, whose innermost dimension is contiguous on both sides."""
+        stream = self._copy.cuda_stream
+        if len(dims) <= 1:
+            nbytes = (dims[0].size if dims else 1) * item
+            self._copier.to_arena([(source, offset, nbytes)], stream)
+        elif len(dims) == 2:
+            rows, row = dims
+            self._copier.rows_to_arena(
+                source, offset, rows.size, row.size * item, rows.source * item, rows.target * item, stream
+            )
+        else:
+            outer = dims[0]
+            for i in range(outer.size):
+                step = i * item
+                self._rows(dims[1:], source + step * outer.source, offset + step * outer.target, item)
+
+    def _offset(self, target: torch.Tensor) -> int:
+        offset = target.data_ptr() - self._base
+        if not 0 <= offset < self._span:
+            raise DeviceError("the target of an upload does not lie in the arena")
+        return offset
+
+    def _slot(self) -> _Slot:
+        if not self._scratch:
+            self._scratch = [_Slot(self.device, self._gather) for _ in range(2)]
+        self._turn = 1 - self._turn
+        return self._scratch[self._turn]
+
+    # -- lifetimes -----------------------------------------------------------------------------------
+
+    def _keep(self, source: torch.Tensor, nbytes: int) -> None:
+        self._group.append(source)
+        self._group_bytes += nbytes
+        if self._group_bytes >= GROUP:
+            event = _cuda.Event()
+            event.record(self._copy)  # the copy stream has waited for every gather of the group
+            self._pending.append((event, self._group, self._group_bytes))
+            self._pending_bytes += self._group_bytes
+            self._group, self._group_bytes = [], 0
+
+    def _retire(self) -> None:
+        """Let go of sources whose copies are done; wait for the oldest if too many bytes are on their way."""
+        while self._pending:
+            event, _, nbytes = self._pending[0]
+            if not event.query():
+                if self._pending_bytes < PENDING:
+                    return
+                event.synchronize()
+            self._pending.popleft()
+            self._pending_bytes -= nbytes
+
+
+class _Slot:
+    """One scratch buffer, the event after its last gather and the event after its last copy."""
+
+    def __init__(self, device: torch.device, gather: Any) -> None:
+        self.buffer = torch.empty(SCRATCH, dtype=torch.uint8, device=device)
+        # The allocator's memory may come with work pending on the current stream.
+        gather.wait_stream(torch.cuda.current_stream(device))
+        self.filled = _cuda.Event()
+        self.copied = _cuda.Event()
