@@ -547,3 +547,31 @@ def test_posix_ipc_finds_the_same_object(open_arena: Open, name: str) -> None:
     memory = posix_ipc.SharedMemory(f"/{name}")
     assert memory.size == arena.nbytes
     memory.close_fd()
+
+
+HUGE_SHM = """
+import re
+from weightstore.admission import Admission
+from weightstore.arena import Arena, DATA_OFFSET
+from weightstore.doctor import Host
+from weightstore.doctor.memory import check_huge_pages
+
+def huge():
+    return int(re.search(r"ShmemHugePages: +(\\d+) kB", open("/proc/meminfo").read())[1])
+
+(finding,) = check_huge_pages(Host())
+assert finding.status == "ok", finding
+before = huge()
+arena = Arena.open("huge", 64 << 20, 32 << 20, Admission())
+arena.commit_data(32 << 20)
+print(huge() - before)
+"""
+
+
+def test_arena_pages_are_huge_where_the_mount_advises_it() -> None:
+    knob = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+    if not knob.exists() or "[deny]" in knob.read_text():
+        pytest.skip("this kernel gives no huge pages to shared memory")
+    result = in_private_shm("256m,huge=advise", HUGE_SHM)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) >= 16 << 10, f"only {result.stdout} kB of 32 MiB came as huge pages"

@@ -15,20 +15,19 @@ Invariants:
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
 from weightstore.errors import ArenaFull
+from weightstore.mounts import read_mounts
 from weightstore.sizes import format_size
 
 SHM_PATH: Final = "/dev/shm"
 
 _UNLIMITED: Final = 1 << 60
 """cgroup v1 has no word for 'no limit', only a number near 2**63 rounded to pages."""
-_OCTAL: Final = re.compile(r"\\([0-7]{3})")
 
 
 @dataclass(frozen=True)
@@ -150,15 +149,11 @@ class Admission:
         """(root of the mount within its hierarchy, mount point) of every cgroup mount of that kind."""
         if self._cgroup_root is not None:
             return [("/", self._cgroup_root / controller if controller else self._cgroup_root)]
-        found = []
-        for line in _lines(self._proc / "self" / "mountinfo"):
-            before, _, after = line.partition(" - ")
-            fields, tail = before.split(), after.split()
-            if len(fields) < 5 or len(tail) < 3 or tail[0] != fstype:
-                continue
-            if controller is None or controller in tail[2].split(","):
-                found.append((_unescape(fields[3]), Path(_unescape(fields[4]))))
-        return found
+        return [
+            (mount.root, mount.point)
+            for mount in read_mounts(self._proc)
+            if mount.fstype == fstype and (controller is None or controller in mount.options.split(","))
+        ]
 
 
 def _ancestry(mount: Path, root: str, path: str) -> Iterator[Path]:
@@ -176,10 +171,6 @@ def _ancestry(mount: Path, root: str, path: str) -> Iterator[Path]:
         if directory == mount or not parent.is_relative_to(mount):
             return
         yield parent
-
-
-def _unescape(text: str) -> str:
-    return _OCTAL.sub(lambda match: chr(int(match[1], 8)), text)
 
 
 def _lines(path: Path) -> list[str]:
