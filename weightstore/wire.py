@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from struct import Struct as Packer
-from typing import Any, Final
+from typing import Any, Final, Optional, cast
 
 import msgspec
 
@@ -33,15 +33,15 @@ _LENGTH: Final = Packer("<I")
 LENGTH_BYTES: Final = _LENGTH.size
 
 
-class _Message(msgspec.Struct, tag=True, frozen=True, omit_defaults=True, kw_only=True):
-    pass
+class Message(msgspec.Struct, tag=True, frozen=True, omit_defaults=True, kw_only=True):
+    """Anything that travels as a frame of its own."""
 
 
-class _Request(_Message, frozen=True, kw_only=True):
+class _Request(Message, frozen=True, kw_only=True):
     id: int
 
 
-class _Reply(_Message, frozen=True, kw_only=True):
+class _Reply(Message, frozen=True, kw_only=True):
     id: int
 
 
@@ -368,7 +368,7 @@ class Verified(_Reply, frozen=True, kw_only=True):
     digest: str
 
 
-class Offer(_Message, frozen=True, kw_only=True):
+class Offer(Message, frozen=True, kw_only=True):
     """Unasked: the tag a lease follows has moved to `version`; or, with `torn`, its bytes are about
     to be overwritten in place. The holder answers with TakeOffer(version)."""
 
@@ -401,7 +401,7 @@ _reply_decoder = msgspec.msgpack.Decoder(Reply)
 _records_decoder = msgspec.msgpack.Decoder(list[TensorRecord] | None)
 
 
-def frame(message: _Message) -> bytes:
+def frame(message: Message) -> bytes:
     """The bytes to send for `message`."""
     body = _encoder.encode(message)
     return _LENGTH.pack(len(body)) + body
@@ -417,14 +417,14 @@ def frame_length(prefix: bytes | bytearray | memoryview, cap: int) -> int:
 
 def decode_request(body: bytes | bytearray | memoryview) -> Request:
     try:
-        return _request_decoder.decode(body)
+        return cast(Request, _request_decoder.decode(body))
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise ProtocolError(f"malformed request: {error}") from None
 
 
 def decode_reply(body: bytes | bytearray | memoryview) -> Reply:
     try:
-        return _reply_decoder.decode(body)
+        return cast(Reply, _reply_decoder.decode(body))
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise ProtocolError(f"malformed reply: {error}") from None
 
@@ -436,6 +436,6 @@ def encode_records(records: Iterable[TensorRecord] | None) -> msgspec.Raw:
 
 def decode_records(raw: msgspec.Raw) -> list[TensorRecord] | None:
     try:
-        return _records_decoder.decode(raw)
+        return cast(Optional[list[TensorRecord]], _records_decoder.decode(raw))
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise ProtocolError(f"malformed tensor records: {error}") from None
