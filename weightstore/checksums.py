@@ -46,7 +46,9 @@ def content_digest(records: Iterable[TensorRecord], checksums: dict[Extent, int]
     digest = xxhash.xxh3_128()
     for record in sorted(records, key=lambda r: r.name):
         content = checksums.get(record.extent, 0) if record.nbytes else 0
-        digest.update(f"{record.name}|{record.dtype}|{record.shape}|{record.stride}|{content:016x}\n".encode())
+        digest.update(
+            f"{record.name}|{record.dtype}|{record.shape}|{record.stride}|{content:016x}\n".encode()
+        )
     return digest.hexdigest()
 
 

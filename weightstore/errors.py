@@ -53,6 +53,12 @@ class InvalidName(UsageError):
     """A model, tag or tensor name that the naming rules refuse."""
 
 
+class UnknownTensor(UsageError, KeyError):
+    """The version has no tensor of that name. Also a KeyError, as a mapping's should be."""
+
+    __str__ = Exception.__str__  # KeyError's would show the message quoted
+
+
 class InvalidTensor(UsageError):
     """A tensor whose dtype, shape, stride or layout the store cannot hold."""
 

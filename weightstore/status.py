@@ -11,6 +11,7 @@ from weightstore.store import Store
 from weightstore.types import align_up
 from weightstore.wire import LeaseStatus, ModelStatus, RefitStatus, Status, VersionStatus
 
+
 def build(store: Store, request: int, started: float, now: float, clients: int) -> Status:
     catalog = store.catalog
     return Status(

@@ -74,7 +74,9 @@ class Store:
         try:
             self.catalog.space.recover((v.extents for v in versions), debts)
         except ValueError as error:
-            raise ArenaUnusable(f"arena {self.arena.name!r} has a catalog that contradicts itself: {error}") from None
+            raise ArenaUnusable(
+                f"arena {self.arena.name!r} has a catalog that contradicts itself: {error}"
+            ) from None
         self.catalog.collect()
 
     def _recover_version(self, model: str, saved: SavedVersion) -> Version:
@@ -316,4 +318,3 @@ def merge(extents: Iterable[Extent]) -> list[Extent]:
         else:
             merged.append(Extent(extent.offset, span))
     return merged
-

@@ -75,8 +75,7 @@ class Box(msgspec.Struct, frozen=True, array_like=True):
 
     def intersects(self, other: Box) -> bool:
         return all(
-            max(a, b) < min(c, d)
-            for a, b, c, d in zip(self.lo, other.lo, self.hi, other.hi, strict=True)
+            max(a, b) < min(c, d) for a, b, c, d in zip(self.lo, other.lo, self.hi, other.hi, strict=True)
         )
 
 
