@@ -102,6 +102,7 @@ class Copier:
     def prepare(self, jobs: Iterable[Job]) -> bool:
         """Pin what the copies touch; False (and `staged_reason`) where that is impossible."""
         ranges = [(offset, nbytes) for _, offset, nbytes in jobs]
+        self._arena.check(ranges)  # an error, and no reason to stage
         if self.staged_reason is not None:  # refused a moment ago: ask again only after `begin`
             return all(self._arena.is_pinned(offset, nbytes) for offset, nbytes in ranges)
         try:

@@ -150,7 +150,7 @@ class Uploader:
         source = source.detach()
         nbytes = target.numel() * target.element_size()
         self._retire()
-        self._produced.record(torch.cuda.current_cuda.Stream(self.device))
+        self._produced.record(torch.cuda.current_stream(self.device))
         if not self._direct(source, target):
             self._gathered(source, target)
         self._keep(source, nbytes)

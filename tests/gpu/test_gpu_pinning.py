@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from gpu_segment import WINDOW, Segment, open_segment
+
+from weightstore.cuda import driver
+from weightstore.cuda.pinning import PinnedArena, lock_path
+from weightstore.errors import DeviceError
+from weightstore.layout import DATA_OFFSET
+
+
+def is_registered(address: int) -> bool:
+    attribute = driver.api().CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
+    code, _ = driver.api().cuPointerGetAttribute(attribute, address)
+    return not code
+
+
+@pytest.mark.parametrize("writable", [False, True])
+def test_windows_are_registered_as_they_are_needed(
+    segment: Segment, device: driver.Device, writable: bool
+) -> None:
+    mapping = segment.writer if writable else segment.reader
+    arena = PinnedArena.share(mapping, device)
+    with device.current():
+        assert arena.pinned_bytes == 0
+        border = DATA_OFFSET + 2 * WINDOW
+        assert arena.ensure([(border - 10, 20)], device) == 2 * WINDOW
+        assert arena.ensure([(border - 10, 20)], device) == 0
+        assert [is_registered(arena.address + DATA_OFFSET + i * WINDOW) for i in range(4)] == [
+            False,
+            True,
+            True,
+            False,
+        ]
+        arena.close()
+        assert not is_registered(arena.address + DATA_OFFSET + WINDOW)
+    mapping.close()
+
+
+def test_background_pins_what_is_committed_and_nothing_else(device: driver.Device) -> None:
+    segment = open_segment(8 * WINDOW, committed=3 * WINDOW)
+    try:
+        arena = PinnedArena.share(segment.reader, device)
+        arena.pin_ahead(device)
+        arena.settle()
+        assert arena.pinned_bytes == 3 * WINDOW
+        with pytest.raises(DeviceError, match="committed data are bytes"):
+            arena.ensure([(DATA_OFFSET, 5 * WINDOW)], device)
+        segment.arena.commit_data(2 * WINDOW)
+        arena.pin_ahead(device)
+        arena.settle()
+        assert arena.pinned_bytes == 5 * WINDOW
+        arena.close()
+    finally:
+        segment.arena.unlink()
+        segment.arena.close()
+
+
+def test_a_refused_request_is_rolled_back(segment: Segment, device: driver.Device) -> None:
+    arena = PinnedArena.share(segment.writer, device)
+    arena.ensure([(DATA_OFFSET, 1)], device)
+    base = arena.address + DATA_OFFSET
+    with device.current():
+        # Somebody else registered a page of window 3: registering the window must fail.
+        driver.call("cuMemHostRegister", base + 3 * WINDOW, 4096, 0)
+        with pytest.raises(DeviceError, match="window 3 of the arena"):
+            arena.ensure([(DATA_OFFSET, 5 * WINDOW)], device)
+        assert [is_registered(base + i * WINDOW) for i in range(5)] == [True, False, False, True, False]
+        assert arena.pinned_bytes == WINDOW
+        driver.call("cuMemHostUnregister", base + 3 * WINDOW)
+        assert arena.ensure([(DATA_OFFSET, 5 * WINDOW)], device) == 4 * WINDOW
+    arena.close()
+    torch.zeros(1, device="cuda")  # no pending error
+
+
+def test_one_registration_serves_all_users_of_a_mapping(segment: Segment, device: driver.Device) -> None:
+    first = PinnedArena.share(segment.reader, device)
+    second = PinnedArena.share(segment.reader, device)
+    assert first is second
+    first.ensure([(DATA_OFFSET, 1)], device)
+    first.close()
+    assert second.is_pinned(DATA_OFFSET, 1)
+    second.close()
+    assert PinnedArena.share(segment.reader, device).pinned_bytes == 0
+
+
+def test_requests_from_many_threads_pin_each_window_once(segment: Segment, device: driver.Device) -> None:
+    arena = PinnedArena.share(segment.reader, device)
+    added: list[int] = []
+
+    def work() -> None:
+        added.append(arena.ensure([(DATA_OFFSET, 8 * WINDOW)], device))
+
+    arena.pin_ahead(device)
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    arena.settle()
+    assert arena.pinned_bytes == 8 * WINDOW
+    assert sum(added) <= 8 * WINDOW
+    arena.close()
+
+
+CHILD = """
+import os, sys
+from weightstore.cuda import driver
+from weightstore.cuda.pinning import PinnedArena
+from weightstore.layout import DATA_OFFSET
+from weightstore.mapping import ArenaMapping
+fd, nbytes = int(sys.argv[1]), int(sys.argv[2])
+mapping = ArenaMapping(fd, nbytes, False)
+device = driver.device(0)
+arena = PinnedArena.share(mapping, device)
+arena.ensure([(DATA_OFFSET, nbytes - DATA_OFFSET)], device)
+print(arena.pinned_bytes, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_processes_pin_the_same_arena_at_once_and_a_killed_one_leaves_nothing(
+    segment: Segment, device: driver.Device
+) -> None:
+    fd = segment.arena.reader_fd()
+    command = [sys.executable, "-c", CHILD, str(fd), str(segment.arena.nbytes)]
+    children = [
+        subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        for child in children:
+            assert child.stdout is not None
+            assert int(child.stdout.readline()) == 8 * WINDOW
+        children[0].kill()
+        children[0].wait(30)
+        # The lock file is free and the pages can be registered here, with a killed and a living neighbour.
+        arena = PinnedArena.share(segment.writer, device)
+        assert arena.ensure([(DATA_OFFSET, 8 * WINDOW)], device) == 8 * WINDOW
+        arena.close()
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()
+        os.close(fd)
+        lock_path(segment.arena.uuid).unlink(missing_ok=True)
