@@ -7,12 +7,10 @@ import errno
 import mmap
 import os
 import socket
-from typing import Final
 
 from weightstore.arena import MADV_POPULATE_WRITE
 from weightstore.doctor.finding import Finding, Host, Status
-
-SO_PEERPIDFD: Final = 77  # not in Python's socket module before 3.14
+from weightstore.peers import SO_PEERPIDFD
 
 
 def check_kernel(host: Host) -> list[Finding]:

@@ -1,0 +1,129 @@
+"""`weightstore serve`: run a store until SIGTERM. Imports neither torch nor numpy nor rich."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from weightstore.cli.options import SIZE, Name, socket_option
+from weightstore.paths import arena_name, socket_path
+from weightstore.sizes import format_size
+
+if TYPE_CHECKING:
+    from weightstore.store import Store
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@click.command("serve")
+@socket_option
+@click.option(
+    "--capacity",
+    metavar="SIZE",
+    type=SIZE,
+    help="Bytes the arena can grow to, e.g. 64GiB. Memory is taken when it is needed.  "
+    "[default: the size of /dev/shm]",
+)
+@click.option(
+    "--window",
+    metavar="SIZE",
+    type=SIZE,
+    default="1GiB",
+    show_default=True,
+    help="Unit in which memory is committed and pinned.",
+)
+@click.option(
+    "--arena",
+    metavar="NAME",
+    type=Name("arena"),
+    help="Name of the shared memory object.  [default: one that belongs to the socket's path]",
+)
+@click.option("--keep", is_flag=True, help="On a clean end leave the arena for the next store to adopt.")
+@click.option(
+    "--reserve",
+    metavar="SIZE",
+    type=SIZE,
+    default="512MiB",
+    show_default=True,
+    help="Memory of the host and of every cgroup that stays free for others.",
+)
+@click.option(
+    "--grace",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    help="After adopting an arena, how long readers may renew their leases before anything is freed.",
+)
+@click.option(
+    "--allow-uid",
+    "allow_uids",
+    metavar="UID",
+    type=click.IntRange(min=0),
+    multiple=True,
+    help="User id that may connect, besides root and your own. May be repeated.",
+)
+@click.option(
+    "--until-eof",
+    metavar="FD",
+    type=click.IntRange(min=0),
+    help="End when this inherited descriptor reaches its end, that is, with the process that holds it.",
+)
+@click.option(
+    "--log-level", type=click.Choice(LOG_LEVELS), default="info", show_default=True, help="On stderr."
+)
+def serve_command(
+    socket: str | None,
+    capacity: int | None,
+    window: int,
+    arena: str | None,
+    keep: bool,
+    reserve: int,
+    grace: float,
+    allow_uids: tuple[int, ...],
+    until_eof: int | None,
+    log_level: str,
+) -> None:
+    """Run a store: own an arena in shared memory and serve it on a socket.
+
+    Ends on SIGTERM or Ctrl-C and removes the arena, unless --keep is given. After a kill the next
+    `serve` on the same socket (or with the same --arena) finds every committed version again.
+
+    \b
+    Examples:
+      weightstore serve --capacity 64GiB
+      weightstore serve --socket /run/weights/store.sock --capacity 200GiB --keep
+    """
+    from weightstore.service import ServiceConfig, run
+
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    path = socket_path(socket)
+    config = ServiceConfig(
+        socket=Path(path),
+        arena=arena or arena_name(path),
+        capacity=capacity if capacity is not None else _shared_memory_size(),
+        window=window,
+        keep=keep,
+        reserve=reserve,
+        grace=grace,
+        allow_uids=frozenset(allow_uids),
+        until_eof=until_eof,
+    )
+
+    def announce(store: Store) -> None:
+        found = f", adopted with {len(list(store.catalog.models))} models" if store.arena.adopted else ""
+        click.echo(
+            f"serving on {path} (arena {store.arena.name}, {format_size(store.arena.capacity)}{found}), "
+            f"pid {os.getpid()}"
+        )
+
+    run(config, announce)
+
+
+def _shared_memory_size() -> int:
+    stats = os.statvfs("/dev/shm")
+    return stats.f_blocks * stats.f_frsize
