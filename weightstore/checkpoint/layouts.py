@@ -29,6 +29,10 @@ BASE_NAMES: Final = ("diffusion_pytorch_model", "model")
 MAX_INDEX: Final = 100_000_000
 """Cap on an index file in bytes."""
 
+_COMPONENT: Final = re.compile(
+    r"(transformer|unet|prior|controlnet|vae|vqvae|vqmodel|movq|text_encoder|image_encoder|text_model"
+    r"|vision_model|safety_checker|projection_model|connectors|vocoder|audio_vae)(_\d+)?"
+)
 _SHARD: Final = re.compile(r".+-\d{5}-of-\d{5}(?:\.[\w-]+)?\.safetensors")
 _INDEX: Final = re.compile(r"(?P<base>.+)\.safetensors\.index(?:\.(?P<variant>[\w-]+))?\.json")
 _OTHER_WEIGHTS: Final = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf")
@@ -71,6 +75,11 @@ def find_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
         return _find(path, variant)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}", path=str(path)) from None
+
+
+def is_component(name: str) -> bool:
+    """Whether diffusers pipelines use this name for a component with weights, as in ``text_encoder_2``."""
+    return _COMPONENT.fullmatch(name) is not None
 
 
 def _find(path: Path, variant: str | None) -> Checkpoint:
