@@ -27,15 +27,15 @@ $(STAMP): pyproject.toml constraints.txt tools/make_venv.sh
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/weightstore demo --out demo $(ARGS)
+	$(BIN)/python -m weightstore demo --out demo $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
 lint: $(STAMP)
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
 
 check: lint test
 
@@ -46,8 +46,8 @@ bench: $(STAMP)
 	$(BIN)/python -m bench $(or $(ARGS),host)
 
 fmt: $(STAMP)
-	$(BIN)/ruff format .
-	$(BIN)/ruff check --fix .
+	$(BIN)/python -m ruff format .
+	$(BIN)/python -m ruff check --fix .
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo

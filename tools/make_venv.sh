@@ -24,10 +24,13 @@ say() { printf '%s\n' "make_venv: $*" >&2; }
 }
 
 system_packages=
+parent=
 has_torch='import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'
 if "$python" -c "$has_torch"; then
     say "keeping the torch that $("$python" -c 'import sys; print(sys.executable)') already has"
     system_packages=--system-site-packages
+    # An interpreter that is a virtual environment itself does not hand its packages on that way.
+    parent=$("$python" -c 'import sys, sysconfig as s; print(s.get_path("purelib") * (sys.prefix != sys.base_prefix))')
 fi
 
 if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
@@ -44,6 +47,10 @@ if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -m pip --version >/dev/nu
             exit 1
         }
     fi
+fi
+
+if [ -n "$parent" ]; then
+    printf '%s\n' "$parent" >"$("$venv/bin/python" -c 'import sysconfig as s; print(s.get_path("purelib"))')/parent.pth"
 fi
 
 pip() { "$venv/bin/python" -m pip "$@"; }
