@@ -142,6 +142,10 @@ class RefitAborted(CircumstanceError):
     """The refit ended without a version because of somebody else (a rank died or never came)."""
 
 
+class StorageError(CircumstanceError):
+    """Reading or writing a checkpoint failed: disk full, no permission, I/O error."""
+
+
 class StoreGone(CircumstanceError):
     """The store does not answer on its socket. Mapped weights stay readable."""
 
