@@ -36,15 +36,11 @@ class Engine:
         return self._hook
 
     def attach(self, emit: Emit) -> dict[str, Any]:
-        started = time.monotonic()
         self._hook = EngineHook.attach(
             self._store, model.MODEL, self._modules, device=self._device, tag=model.TAG
         )
-        return {
-            "version": self.hook.version,
-            "device": self._device,
-            "seconds": time.monotonic() - started,
-        }
+        report = self._hook.attached
+        return {"version": report.version, "copied": report.copied_bytes, "seconds": report.seconds}
 
     def draw(self, emit: Emit, per_digit: int) -> dict[str, Any]:
         started = time.monotonic()
@@ -64,7 +60,7 @@ class Engine:
 
     def sleep(self, emit: Emit) -> dict[str, Any]:
         report = self.hook.sleep()
-        return {"freed": report.freed_bytes, "residual": report.residual_bytes, "seconds": report.seconds}
+        return {"freed": report.freed_bytes, "saved": report.saved_bytes, "seconds": report.seconds}
 
     def wake(self, emit: Emit, after: int) -> dict[str, Any]:
         """Wait until the tag names a version newer than `after`, then wake: on that one or a newer."""
@@ -73,9 +69,12 @@ class Engine:
         return {"version": self.hook.version, "copied": report.copied_bytes, "seconds": report.seconds}
 
     def digests(self, emit: Emit) -> dict[str, Any]:
-        """What the live modules hold now, tensor by tensor; compared with the arena as well."""
-        self.hook.verify()
-        return {"digests": model.digests(self._modules)}
+        """What the live modules hold now, tensor by tensor, and what differs from the arena in place."""
+        report = self.hook.verify()
+        return {
+            "digests": model.digests(self._modules),
+            "unlike_arena": [*report.differing, *report.moved, *report.skipped],
+        }
 
 
 def _start(config: dict[str, Any]) -> dict[str, Handler]:

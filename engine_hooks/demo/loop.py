@@ -167,20 +167,22 @@ class _Play:
 
     def compare(self) -> int:
         """How many tensors the engine and the trainer hold alike, bit for bit: all of them, or an error."""
-        mine, theirs = (role.ask("digests")["digests"] for role in (self._engine, self._trainer))
-        different = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+        mine, theirs = self._engine.ask("digests"), self._trainer.ask("digests")["digests"]
+        held = mine["digests"]
+        different = {name for name in held.keys() | theirs.keys() if held.get(name) != theirs.get(name)}
+        different.update(mine["unlike_arena"])
         if different:
             raise WeightstoreError(
-                f"{len(different)} of {len(theirs)} tensors differ between engine and trainer, first "
-                f"{different[0]}; this is a bug in weightstore, please report it",
-                different=different,
+                f"{len(different)} of {len(theirs)} tensors differ between the engine and the trainer or the "
+                f"arena, first {min(different)}; this is a bug in weightstore, please report it",
+                different=sorted(different),
             )
         self._timeline.say(
             "engine",
-            f"[bold green]all {len(mine)} tensors equal the trainer's, bit for bit[/] (SHA-256 of every one, "
+            f"[bold green]all {len(held)} tensors equal the trainer's, bit for bit[/] (SHA-256 of every one, "
             "in both processes)",
         )
-        return len(mine)
+        return len(held)
 
     def summarise(self, grids: list[Grid], pictures: list[Path]) -> None:
         header = ("version", "steps", "refit", "sleep freed", "slept", "wake copied", "digits read")
@@ -212,7 +214,7 @@ class _Play:
         self._timeline.say(
             "engine",
             f"[bold]asleep[/] after {duration(told['seconds'])}: {format_size(told['freed'])} freed, "
-            "nothing copied",
+            f"{format_size(told['saved'])} of engine state saved, no weights copied",
         )
         return told
 

@@ -114,11 +114,11 @@ class Trainer:
         return loss.detach()
 
 
-def _told(report: Any) -> dict[str, Any]:
+def _told(report: weightstore.RefitReport) -> dict[str, Any]:
     return {
         "version": report.version,
         "tensors": report.tensors,
-        "bytes": report.bytes,
+        "bytes": report.nbytes,
         "seconds": report.seconds,
     }
 
