@@ -27,7 +27,8 @@ class Segment:
 
     def fill(self, seed: int = 0) -> None:
         data = self.writer.tensor[DATA_OFFSET : DATA_OFFSET + self.arena.committed]
-        data.random_(0, 256, generator=torch.Generator().manual_seed(seed))
+        # As words, since torch draws one number an element.
+        data.view(torch.int64).random_(generator=torch.Generator().manual_seed(seed))
 
     def bytes(self, offset: int, nbytes: int) -> torch.Tensor:
         return self.reader.tensor[offset : offset + nbytes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -62,13 +63,14 @@ def test_sleep_gives_the_memory_back(segment: Segment, backend: CudaBackend, dev
     asleep = backend.memory_in_use()
     run = [Run(DATA_OFFSET, 0, 3 * MIB)]
     backend.wake([(image, run) for image in images], segment.reader)
-    assert backend.memory_in_use() == asleep + 68 * MIB  # granules of 2 MiB
+    # Granules of 2 MiB; page tables may take a little more.
+    assert asleep + 68 * MIB <= backend.memory_in_use() <= asleep + 72 * MIB
     memory = device_memory(0, images)
     assert memory.images == 68 * MIB
     assert memory.elsewhere > 0
     assert memory.in_use == memory.images + memory.torch_allocated + memory.torch_cached + memory.elsewhere
     backend.unmap(images)
-    assert backend.memory_in_use() == asleep
+    assert backend.memory_in_use() <= asleep + 4 * MIB
     assert device_memory(0, images).images == 0
 
 
@@ -87,7 +89,7 @@ def test_update_is_ordered_after_submitted_work_and_before_later_work(
     backend.wake([(image, whole)], segment.reader)
     first = segment.bytes(DATA_OFFSET, 32 * MIB).clone()
     segment.fill(1)
-    second = segment.bytes(DATA_OFFSET, 32 * MIB)
+    second = segment.bytes(DATA_OFFSET, 32 * MIB).clone()
     for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):
         backend.update([(image, whole)], segment.reader)
         segment.fill(0)
@@ -200,7 +202,7 @@ def test_a_run_beyond_the_arena_rolls_the_wake_back(segment: Segment, backend: C
 def test_the_address_outlives_the_image_while_a_tensor_needs_it(segment: Segment) -> None:
     backend = CudaBackend(0)
     image = backend.reserve(6 * MIB)
-    tensor, address = image.tensor()[100:200], image.address
+    tensor, address, reservation = image.tensor()[100:200], image.address, weakref.ref(image._range)
     backend.close()
     backend.close()
     with pytest.raises(DeviceError, match="closed"):
@@ -209,15 +211,13 @@ def test_the_address_outlives_the_image_while_a_tensor_needs_it(segment: Segment
         backend.reserve(1)
     del image
     gc.collect()
+    assert reservation() is not None
+    assert tensor.data_ptr() == address + 100
     device = driver.device(0)
-    with device.current():
+    with device.current():  # the address is not to be had, even by asking for it
         taken = int(driver.call("cuMemAddressReserve", 6 * MIB, 0, address, 0))
         driver.call("cuMemAddressFree", taken, 6 * MIB)
     assert taken != address
-    assert tensor.data_ptr() == address + 100
     del tensor
     gc.collect()
-    with device.current():
-        taken = int(driver.call("cuMemAddressReserve", 6 * MIB, 0, address, 0))
-        driver.call("cuMemAddressFree", taken, 6 * MIB)
-    assert taken == address
+    assert reservation() is None

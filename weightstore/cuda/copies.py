@@ -215,7 +215,7 @@ def enqueue_loop(copies: Sequence[tuple[int, int, int]], stream: Any) -> None:
     copy = api().cuMemcpyAsync
     for target, source, nbytes in copies:
         (code,) = copy(target, source, nbytes, stream)
-        if code:
+        if code != 0:
             check("cuMemcpyAsync", code)
 
 

@@ -44,7 +44,7 @@ def api() -> Any:
 
 def check(name: str, code: Any) -> None:
     """Raise DeviceError (DeviceMemoryError when the device is out of memory) unless `code` is success."""
-    if code:
+    if code != 0:
         raise _error(name, code)
 
 
@@ -59,7 +59,7 @@ def call(name: str, *args: Any) -> Any:
         code, *values = getattr(api(), name)(*args)
     except RuntimeError as error:  # how cuda-bindings says that libcuda cannot be loaded
         raise DeviceError(f"{name} failed: {error}", call=name, result=str(error)) from None
-    if code:
+    if code != 0:
         raise _error(name, code)
     if len(values) == 1:
         return values[0]

@@ -217,7 +217,9 @@ class Uploader:
             slot.copied.record(self._copy)
 
     def _rows(self, dims: Sequence[Strides], source: int, offset: int, item: int) -> None:
-        """Enqueue the copies of `dims`, whose innermost dimension is contiguous on both sides."""
+        """Enqueue the copies of `dims` from a source whose rows are contiguous."""
+        if dims and (dims[-1].target != 1 or dims[-1].source != 1):
+            dims = [*dims, Strides(1, 1, 1)]  # rows of one element, as in a single column of a matrix
         stream = self._copy.cuda_stream
         if len(dims) <= 1:
             nbytes = (dims[0].size if dims else 1) * item
@@ -230,8 +232,7 @@ class Uploader:
         else:
             outer = dims[0]
             for i in range(outer.size):
-                step = i * item
-                self._rows(dims[1:], source + step * outer.source, offset + step * outer.target, item)
+                self._rows(dims[1:], source + i * outer.source * item, offset + i * outer.target * item, item)
 
     def _offset(self, target: torch.Tensor) -> int:
         offset = target.data_ptr() - self._base
