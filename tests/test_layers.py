@@ -97,7 +97,7 @@ def side_of(module: str) -> str | None:
 
 
 def imports_in(source: str, importer: str, known: set[str]) -> list[Import]:
-    """Every import in `source`, inside functions too. `from p import m` is one of p.m where that is a module."""
+    """Every import in `source`, inside functions too; `from p import m` is one of p.m if that is a module."""
     found: list[Import] = []
 
     def visit(node: ast.AST, type_checking: bool) -> None:

@@ -32,6 +32,9 @@ SMALL = 40 << 20
 """Arena capacity in bytes with the full text encoder, and with the small one for hosts whose /dev/shm
 is small (64 MiB is what containers get by default)."""
 
+WINDOW = 8 << 20
+"""Bytes by which the arena grows: small, so that the chart shows what is needed and no more."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -62,15 +65,15 @@ def run(settings: Settings, timeline: Timeline) -> Result:
     room = _shared_memory_free()
     text_size, capacity = ("full", FULL) if room > 2 * FULL else ("small", SMALL)
     with ExitStack() as stack:
-        store = stack.enter_context(weightstore.local_store(capacity=capacity))
+        store = stack.enter_context(weightstore.local_store(capacity, window=WINDOW))
         status = store.status()
         timeline.say(
-            "store", f"serves process {status.pid}'s arena of {format_size(capacity)} in shared memory"
+            "store", f"process {status.pid} serves an arena of up to {format_size(capacity)} in shared memory"
         )
         if text_size == "small":
             timeline.say("store", f"/dev/shm has only {format_size(room)} free: using a smaller text encoder")
         config = {
-            "socket": store.path,
+            "socket": store.socket,
             "device": settings.device,
             "seed": settings.seed,
             "text_size": text_size,
