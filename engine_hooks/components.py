@@ -1,0 +1,129 @@
+"""All components of one engine, and the three things done to their images: emptied, filled, updated.
+
+Each leaves every component in a state that is true, also when the device fails half way. Nothing here
+waits for generations; `EngineHook` calls only while none runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from engine_hooks.backend import DeviceBackend, Run
+from engine_hooks.component import Component
+from engine_hooks.following import Held
+from engine_hooks.lifecycle import Event, State
+from engine_hooks.plan import Slot, changed_slots, runs_for, runs_of
+from weightstore.errors import AttachError, UsageError
+from weightstore.mapping import ArenaMapping
+
+ALL = "weights"
+"""The tag that means every component."""
+
+
+class Components:
+    """By name, in the order they were attached."""
+
+    def __init__(self, backend: DeviceBackend, components: Iterable[Component]) -> None:
+        self._backend = backend
+        self._all = {component.name: component for component in components}
+
+    @property
+    def states(self) -> dict[str, State]:
+        return {name: component.state for name, component in self._all.items()}
+
+    @property
+    def state(self) -> State:
+        """BROKEN if any is, ASLEEP if all are, else AWAKE."""
+        states = set(self.states.values())
+        if State.BROKEN in states:
+            return State.BROKEN
+        return State.ASLEEP if states == {State.ASLEEP} else State.AWAKE
+
+    def choose(self, tags: Iterable[str] | None) -> list[Component]:
+        """Those named; None and "weights" mean all. UsageError for unknown names."""
+        wanted = {ALL} if tags is None else {tags} if isinstance(tags, str) else set(tags)
+        unknown = wanted - self._all.keys() - {ALL}
+        if unknown:
+            raise UsageError(
+                f"no component {', '.join(sorted(unknown))}; attached are {', '.join(self._all)}, and "
+                f"{ALL!r} means all"
+            )
+        return [component for name, component in self._all.items() if ALL in wanted or name in wanted]
+
+    def in_state(self, state: State) -> list[Component]:
+        return [component for component in self._all.values() if component.state is state]
+
+    def put_to_sleep(self, todo: Sequence[Component]) -> int:
+        """Save engine state and give the memory back; bytes saved."""
+        saved_before = [component for component in todo if component.engine_state.saved]
+        try:
+            saved = sum(component.engine_state.save(component.image.tensor()) for component in todo)
+        except BaseException:
+            for component in todo:
+                if component not in saved_before:
+                    component.engine_state.restored()  # it lives on, and goes on changing, in the image
+            raise
+        for component in todo:
+            component.shut()
+        try:
+            self._backend.unmap([component.image for component in todo])
+        finally:
+            for component in todo:
+                component.move(Event.FAILED if component.image.mapped else Event.SLEPT)
+        return saved
+
+    def fill(self, todo: Sequence[Component], held: Held, source: ArenaMapping) -> tuple[list[Run], int]:
+        """Weights from the arena, engine state from its saved copy, or nothing mapped that was not.
+
+        Returns the runs copied and the bytes of state restored.
+        """
+        unmapped = [component.image for component in todo if not component.image.mapped]
+        runs = [runs_of(component.layout, held.records[component.name]) for component in todo]
+        images = [component.image for component in todo]
+        self._backend.wake(list(zip(images, runs, strict=True)), source)
+        try:
+            restored = sum(component.engine_state.restore(component.image.tensor()) for component in todo)
+        except BaseException:
+            self._backend.unmap(unmapped)
+            raise
+        for component in todo:
+            component.engine_state.restored()
+            component.move(Event.WOKE)
+        return [run for some in runs for run in some], restored
+
+    def missed_all(self) -> None:
+        """A version came of which no image holds anything for certain."""
+        for component in self._all.values():
+            component.missed(None)
+
+    def update(self, old: Held, new: Held, comparable: bool, source: ArenaMapping) -> list[Run]:
+        """Bring awake images from `old` to `new`; on failure those with something to copy are BROKEN."""
+        todo = []
+        for name, component in self._all.items():
+            slots: list[Slot] | None = None
+            if comparable:
+                slots = changed_slots(component.layout, old.records[name], new.records[name])
+            component.missed(slots)
+            runs = runs_for(component.stale_slots(), new.records[name]) if component.awake else []
+            if runs:
+                todo.append((component, runs))
+        try:
+            self._backend.update([(component.image, runs) for component, runs in todo], source)
+        except BaseException:
+            for component, _ in todo:
+                component.move(Event.FAILED)
+            raise
+        for component, _ in todo:
+            component.move(Event.REFITTED)
+        return [run for _, runs in todo for run in runs]
+
+
+def require_bound(components: Iterable[Component]) -> None:
+    """AttachError if somebody gave weights other memory than their image's: they would stay stale."""
+    moved = [name for component in components for name in component.binding.moved()]
+    if moved:
+        raise AttachError(
+            f"{len(moved)} weights were replaced after attach (module.to(), load_state_dict(assign=True), …) "
+            f"and no longer lie in their image: {', '.join(moved[:5])}; close the hook and attach again",
+            moved=moved,
+        )

@@ -1,0 +1,156 @@
+"""Which version an engine's images hold, and how its lease gets them to the next.
+
+Invariants:
+- `held` is what the images that are on the device hold, all of them the same;
+- "the same place in the arena means the same bytes" is believed only of two versions that were alive at
+  one moment: `held` while the lease was on it, and what was offered then. A parked lease moves by
+  itself, and so does one whose tag is refitted in place; then places may have been freed and given to
+  other bytes in between. `advance` says which it was;
+- a version that the images' layouts cannot hold is refused as a whole, before a byte is copied.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engine_hooks.plan import Layout, Records, by_component, misfits
+from weightstore.errors import AttachError, StoreGone, StoreTimeout, TagTorn, WeightstoreError
+from weightstore.mapping import ArenaMapping
+
+if TYPE_CHECKING:
+    from weightstore.client import Store
+    from weightstore.reader import Lease
+
+_log = logging.getLogger("engine_hooks")
+
+
+@dataclass(frozen=True)
+class Held:
+    """A version: its number, and each component's records (ignored names left out)."""
+
+    version: int
+    records: Mapping[str, Records]
+
+
+class Following:
+    """The lease of one engine. It owns the lease; used under the hook's lock."""
+
+    def __init__(
+        self,
+        store: Store,
+        lease: Lease,
+        layouts: Mapping[str, Layout],
+        ignored: Callable[[str], bool],
+    ) -> None:
+        self._store = store
+        self._lease = lease
+        self._layouts = layouts
+        self._ignored = ignored
+        self.held = Held(lease.version, {name: layout.records for name, layout in layouts.items()})
+
+    @property
+    def model(self) -> str:
+        return self._lease.model
+
+    @property
+    def tag(self) -> str:
+        return self._lease.tag
+
+    @property
+    def newest(self) -> int:
+        """The version that the lease stands on; while parked the newest that the store told of."""
+        return self._lease.version
+
+    @property
+    def mapping(self) -> ArenaMapping:
+        return self._lease.mapping
+
+    @property
+    def parked(self) -> bool:
+        return self._lease.parked
+
+    @property
+    def behind(self) -> bool:
+        """Whether there is another version to take than the images hold."""
+        return self._lease.pending is not None or self._lease.version != self.held.version
+
+    def hear(self) -> None:
+        """One round trip, so that an offer which the store has already made is known here."""
+        try:
+            self._store.wait_for(self.model, self.tag, after=self._lease.version, timeout=0)
+        except (StoreTimeout, StoreGone) as error:
+            _log.debug("nothing newer heard: %s", error)
+
+    def require_usable(self) -> None:
+        """Raise TagTorn or LeaseLost if there is nothing to read, now or after a wake."""
+        if self._lease.torn or self._lease.lost or not self._lease.parked:
+            self._lease.require_readable(self._lease.version)
+
+    def park(self) -> None:
+        """Let the lease move by itself from now on."""
+        try:
+            self._lease.park()
+        except WeightstoreError as error:
+            # The memory is given back, which is what was asked; the wake will meet the same error.
+            _log.warning("asleep, but the lease could not be parked: %s", error)
+
+    def unpark(self) -> Held:
+        """The newest version, held from now on. Raises TagTorn (still parked), LeaseLost, AttachError."""
+        self._lease.unpark()
+        try:
+            return self._fitting()
+        except AttachError:
+            self.park()
+            raise
+
+    def current(self) -> Held:
+        """The version in the images, with its bytes still in the arena. Raises TagTorn, LeaseLost."""
+        lease = self._lease
+        lease.require_readable(lease.version)
+        if lease.version != self.held.version:
+            raise TagTorn(
+                f"version {self.held.version}, which the components on the device hold, is gone: the lease "
+                f"had to move on to version {lease.version}. Call refit() first",
+                held=self.held.version,
+                version=lease.version,
+            )
+        return self.held
+
+    def advance(self) -> tuple[Held, bool]:
+        """Move the lease to what is offered; that version, and whether its places can be compared with
+        those of `held`.
+
+        Raises TagTorn, LeaseLost, AttachError; the images are then behind until an `advance` succeeds.
+        """
+        lease = self._lease
+        # Read in this order: a lease that is not torn, and after that still on `held`, was on it when it
+        # had that offer, so both versions were alive then.
+        offered = lease.pending
+        comparable = not lease.torn and lease.version == self.held.version
+        lease.advance()
+        lease.require_readable(lease.version)
+        return self._fitting(), comparable and lease.version == offered
+
+    def settle(self, held: Held) -> None:
+        """The images follow `held` from now on."""
+        self.held = held
+
+    def release(self) -> None:
+        self._lease.release()
+
+    def _fitting(self) -> Held:
+        version, records = self._lease.version, self._lease.records
+        if version == self.held.version:
+            return self.held
+        grouped = by_component(records, self._layouts, self._ignored)
+        reasons = [line for name, layout in self._layouts.items() for line in misfits(layout, grouped[name])]
+        if reasons:
+            raise AttachError(
+                f"version {version} of {self.model!r} no longer fits this engine: {'; '.join(reasons[:10])}"
+                f"{' …' if len(reasons) > 10 else ''}. Move the tag to one that fits, or attach anew",
+                reasons=reasons,
+            )
+        return Held(version, grouped)

@@ -1,0 +1,197 @@
+"""Where a component's weights lie in its image, and which copies bring a version there.
+
+Pure: records in, runs out; no device, no torch. All offsets and sizes are bytes.
+
+Invariants:
+- a slot starts at a multiple of ALIGN and slots stand in the order their extents had in the arena at
+  attach, so a component that is contiguous there is one run;
+- a run never covers anything but slots and the alignment padding (under ALIGN bytes) between two of
+  them, so engine state behind the weights is never written;
+- the layout outlives versions: a later version may lie anywhere in the arena, it only takes more runs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import translate
+
+from engine_hooks.backend import Run
+from weightstore.types import ALIGN, TensorRecord, align_up, component_of
+
+Records = Mapping[str, TensorRecord]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A range of the image that one extent fills; several names when they are tied."""
+
+    offset: int
+    nbytes: int
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The weights of one component: slots by rising offset, and the records they were laid out from."""
+
+    slots: tuple[Slot, ...]
+    records: Records
+    nbytes: int
+
+    def offsets(self) -> dict[str, int]:
+        """Image offset of every name."""
+        return {name: slot.offset for slot in self.slots for name in slot.names}
+
+
+def lay_out(records: Iterable[TensorRecord]) -> Layout:
+    """Give every distinct extent of `records` a slot; `nbytes` ends at a multiple of ALIGN."""
+    by_name: dict[str, TensorRecord] = {}
+    by_extent: dict[tuple[int, int], list[str]] = {}
+    for record in records:
+        by_name[record.name] = record
+        # Empty tensors share nothing, wherever the store says that they lie.
+        key = (record.offset, record.nbytes) if record.nbytes else (-1, -len(by_name))
+        by_extent.setdefault(key, []).append(record.name)
+    slots = []
+    cursor = 0
+    for (_, nbytes), names in sorted(by_extent.items()):
+        slots.append(Slot(cursor, max(nbytes, 0), tuple(sorted(names))))
+        cursor = align_up(cursor + max(nbytes, 0))
+    return Layout(tuple(slots), by_name, cursor)
+
+
+def runs_of(layout: Layout, records: Records) -> list[Run]:
+    """The runs that fill the whole layout from `records`."""
+    return coalesce(_slot_runs(layout.slots, records))
+
+
+def changed_slots(layout: Layout, old: Records, new: Records) -> list[Slot]:
+    """The slots whose extent differs between two versions.
+
+    Sound only while the old version was held until the new one existed: otherwise its extents may
+    have been freed and given to other bytes, and an equal offset proves nothing.
+    """
+    return [
+        slot
+        for slot in layout.slots
+        if slot.nbytes and old[slot.names[0]].offset != new[slot.names[0]].offset
+    ]
+
+
+def runs_for(slots: Sequence[Slot], records: Records) -> list[Run]:
+    """The runs that fill just these slots."""
+    return coalesce(_slot_runs(slots, records))
+
+
+def slot_runs(slots: Sequence[Slot], records: Records) -> list[tuple[Slot, Run]]:
+    """One run for each slot that has bytes, not coalesced."""
+    return [(slot, run) for slot in slots for run in _slot_runs((slot,), records)]
+
+
+def _slot_runs(slots: Iterable[Slot], records: Records) -> list[Run]:
+    return [Run(records[slot.names[0]].offset, slot.offset, slot.nbytes) for slot in slots if slot.nbytes]
+
+
+def coalesce(runs: Iterable[Run]) -> list[Run]:
+    """Join neighbours (by target) that are equally far apart on both sides, across padding only."""
+    joined: list[Run] = []
+    source = target = end = 0
+    for run in sorted(runs, key=_target_of):
+        gap = run.target - end
+        if joined and 0 <= gap < ALIGN and run.source - source == run.target - target:
+            joined[-1] = Run(source, target, run.target + run.nbytes - target)
+        else:
+            source, target, _ = run
+            joined.append(run)
+        end = run.target + run.nbytes
+    return joined
+
+
+def _target_of(run: Run) -> int:
+    return run.target
+
+
+def split_at_windows(runs: Iterable[Run], window: int, origin: int = 0) -> list[Run]:
+    """Split runs so that none crosses an arena offset of `origin` + k · `window`.
+
+    Memory is pinned window by window, and one copy must not span two registrations.
+    """
+    pieces = []
+    for source, target, nbytes in runs:
+        while nbytes:
+            piece = min(nbytes, window - (source - origin) % window)
+            pieces.append(Run(source, target, piece))
+            source, target, nbytes = source + piece, target + piece, nbytes - piece
+    return pieces
+
+
+def cut(runs: Sequence[Run], parts: int) -> list[list[Run]]:
+    """Cut a plan into `parts` plans of about equal bytes, in order, covering it exactly.
+
+    Cuts fall on multiples of ALIGN from the start of a run, so a part is off by less than ALIGN.
+    """
+    total = sum(run.nbytes for run in runs)
+    plans: list[list[Run]] = [[] for _ in range(parts)]
+    part = done = 0
+    for source, target, nbytes in runs:
+        while nbytes:
+            room = total * (part + 1) // parts - done
+            if room <= 0 and part < parts - 1:
+                part += 1
+                continue
+            take = nbytes if part == parts - 1 else min(nbytes, align_up(room))
+            plans[part].append(Run(source, target, take))
+            source, target, nbytes, done = source + take, target + take, nbytes - take, done + take
+    return plans
+
+
+def total_bytes(runs: Iterable[Run]) -> int:
+    return sum(run.nbytes for run in runs)
+
+
+def matcher(patterns: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a name matches one of the shell-style patterns (`*`, `?`, `[…]`), case-sensitively."""
+    if not patterns:
+        return lambda name: False
+    compiled = re.compile("|".join(f"(?:{translate(pattern)})" for pattern in patterns))
+    return lambda name: compiled.match(name) is not None
+
+
+def by_component(
+    records: Records, components: Iterable[str], ignored: Callable[[str], bool]
+) -> dict[str, dict[str, TensorRecord]]:
+    """The records of each named component, less the ignored names."""
+    grouped: dict[str, dict[str, TensorRecord]] = {name: {} for name in components}
+    for name, record in records.items():
+        group = grouped.get(component_of(name))
+        if group is not None and not ignored(name):
+            group[name] = record
+    return grouped
+
+
+def misfits(layout: Layout, records: Records) -> list[str]:
+    """Why a version (its records of this component) cannot fill this layout; empty if it can."""
+    known = layout.records
+    reasons = [f"{name} is new in it" for name in sorted(records.keys() - known.keys())]
+    reasons += [f"{name} is missing from it" for name in sorted(known.keys() - records.keys())]
+    for name, record in records.items():
+        was = known.get(name)
+        if was is not None and (
+            was.shape != record.shape
+            or was.dtype != record.dtype
+            or was.stride != record.stride
+            or was.encoding != record.encoding
+        ):
+            reasons.append(f"{name} is {describe(record)} in it, was {describe(was)}")
+    if not reasons:
+        for slot in layout.slots:
+            if slot.nbytes and len(slot.names) > 1 and len({records[n].offset for n in slot.names}) > 1:
+                reasons.append(f"{', '.join(slot.names)} are no longer tied in it")
+    return reasons
+
+
+def describe(record: TensorRecord) -> str:
+    encoding = "" if record.encoding == "raw" else f", encoding {record.encoding}"
+    return f"{record.dtype}{list(record.shape)} stride {list(record.stride)}{encoding}"
