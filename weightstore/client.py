@@ -1,0 +1,260 @@
+"""The store as trainers, engines and tools see it.
+
+Composes the link to the service with what is held through it (leases, refits). Importing this module
+imports neither torch nor numpy; tensors do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+from weightstore import wire
+from weightstore.connection import Connection
+from weightstore.errors import LeaseLost, UnknownModel, UsageError
+from weightstore.leases import Leases
+from weightstore.link import Link
+from weightstore.mapping import ArenaMapping
+from weightstore.paths import socket_path
+from weightstore.reader import Lease
+from weightstore.refits import Refits
+from weightstore.trainer import Refit
+from weightstore.types import DEFAULT_TAG
+
+PATIENCE = 5.0
+"""Seconds a store has to answer the greeting, and to answer late where it keeps time itself."""
+
+
+def connect(path: str | os.PathLike[str] | None = None, timeout: float = PATIENCE) -> Store:
+    """Connect to the store at `path`, else ``$WEIGHTSTORE_SOCKET``, else the default socket.
+
+    Args:
+        path: the store's Unix socket.
+        timeout: seconds the store has to answer. Where nobody listens, this fails at once.
+
+    Raises:
+        StoreGone: no store there.
+        AccessDenied: it serves another user.
+        UsageError: a path no socket can have.
+        ProtocolError, ArenaUnusable: another version of weightstore, or no store at all.
+    """
+    store = Store(socket_path(path), timeout)
+    try:
+        store.link.connect()
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+class Store:
+    """A connection to a store, and everything held through it. Thread-safe; not usable after fork().
+
+    When the store goes away, requests raise StoreGone after one attempt to reach it again; while leases
+    are held, a background thread reconnects and renews them. Mapped weights stay readable throughout.
+
+    Every method that asks the store may raise StoreGone, and UsageError once closed.
+
+    Attributes:
+        socket: path of the store's socket.
+        link: the connection underneath, for tools.
+    """
+
+    def __init__(self, socket: str, timeout: float = PATIENCE) -> None:
+        """Does not connect yet; use `weightstore.connect`."""
+        self.socket = socket
+        self._leases = Leases()
+        self.link = Link(
+            socket, timeout, on_offer=self._leases.offered, greet=self._greet, wanted=lambda: self._leases.any
+        )
+        self._refits = Refits(self.link)
+
+    # -- reading and writing -----------------------------------------------------------------------
+
+    def lease(
+        self,
+        model: str,
+        tag: str = DEFAULT_TAG,
+        *,
+        version: int | None = None,
+        follow: bool = False,
+        on_offer: Callable[[Lease], None] | None = None,
+    ) -> Lease:
+        """Hold `version`, or what `tag` names; ``with store.lease(…) as snapshot`` reads it.
+
+        Args:
+            follow: be offered what the tag names later (see `Lease`).
+            on_offer: called with the lease, on the connection's thread, when an offer is pending.
+
+        Raises:
+            UnknownModel, UnknownTag, UnknownVersion: nothing by that name.
+            TagTorn: an in-place refit of it has not committed.
+        """
+        return self._leases.open(self.link, model, tag, version, follow, on_offer)
+
+    def refit(
+        self,
+        model: str,
+        tag: str = DEFAULT_TAG,
+        *,
+        components: Sequence[str] | None = None,
+        base: int | None = None,
+        partial: bool = False,
+        extend: bool = False,
+        fresh: bool = False,
+        in_place: bool = False,
+        key: str | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        timeout: float = 600.0,
+    ) -> Refit:
+        """Begin writing a new version of `model`, to be named `tag`.
+
+        Args:
+            components: the components to be written, each completely; None for all.
+            base: the version to start from; None for the tag's own, else `latest`'s.
+            partial: any subset of those components' tensors may be written.
+            extend: tensors that the base lacks may be written too.
+            fresh: start from nothing: the version holds exactly what is written.
+            in_place: overwrite the base's bytes, for hosts without room for a second copy.
+            key, rank, world_size: writers that give the same key share one refit, which commits when all
+                have.
+            timeout: seconds the ranks of a shared refit have, from its beginning to the last commit.
+
+        Raises:
+            RefitConflict: a refit of this model and tag is open.
+            CoverageError, UnknownTag, UnknownVersion, UsageError: a declaration that cannot be met.
+            VersionInUse: in place, and somebody reads or names those bytes.
+            TagTorn: would inherit half-written bytes.
+            ArenaFull: no room.
+        """
+        if isinstance(components, str):
+            raise UsageError(f"components is a list of names: [{components!r}]")
+        return self._refits.open(
+            wire.OpenRefit(
+                id=0,
+                model=model,
+                tag=tag,
+                base=base,
+                components=None if components is None else list(components),
+                partial=partial,
+                extend=extend,
+                fresh=fresh,
+                in_place=in_place,
+                key=key,
+                rank=rank,
+                world_size=world_size,
+                timeout=float(timeout),
+            )
+        )
+
+    @property
+    def mapping(self) -> ArenaMapping:
+        """The arena, mapped read-only."""
+        return self.link.mapping
+
+    # -- models, versions, tags --------------------------------------------------------------------
+
+    def status(self) -> wire.Status:
+        """Models, versions, tags, leases, refits and arena use."""
+        return self.link.connect().request(wire.GetStatus(id=0), wire.Status)
+
+    def models(self) -> list[str]:
+        return [model.name for model in self.status().models]
+
+    def tags(self, model: str) -> dict[str, int]:
+        """The version each tag of `model` names. Raises UnknownModel."""
+        models = self.status().models
+        for found in models:
+            if found.name == model:
+                return dict(found.tags)
+        known = ", ".join(found.name for found in models) or "none"
+        raise UnknownModel(f"the store has no model {model!r}; it has {known}", model=model)
+
+    def wait_for(
+        self, model: str, tag: str = DEFAULT_TAG, after: int = 0, timeout: float | None = None
+    ) -> int:
+        """Wait until `tag` names a version above `after`, and return that. The model need not exist yet.
+
+        Waiting uses a connection of its own, so other threads are not held up. With ``timeout=0`` it only
+        asks, on the main connection: offers that the store made before are known here afterwards.
+
+        Raises:
+            StoreTimeout: not within `timeout` seconds.
+        """
+        request = wire.WaitFor(id=0, model=model, tag=tag, after=after, timeout=timeout)
+        if timeout == 0:
+            return self.link.connect().request(request, wire.VersionIs, timeout=PATIENCE).version
+        connection = self.link.separate()
+        try:
+            late = None if timeout is None else timeout + PATIENCE
+            return connection.request(request, wire.VersionIs, timeout=late).version
+        finally:
+            connection.close()
+
+    def tag(self, model: str, tag: str, version: int | str) -> int:
+        """Make `tag` name `version`, a number or another tag's name; returns the number.
+
+        Raises:
+            UnknownModel, UnknownTag, UnknownVersion, TagTorn: nothing to be named.
+            RefitConflict: a refit of the tag is open.
+        """
+        number, source = (version, DEFAULT_TAG) if isinstance(version, int) else (None, version)
+        # Leased meanwhile, so that the version cannot be freed between looking it up and naming it.
+        with self.lease(model, source, version=number) as snapshot:
+            request = wire.SetTag(id=0, model=model, tag=tag, version=snapshot.version)
+            self.link.connect().request(request, wire.Done)
+            return snapshot.version
+
+    def remove_tag(self, model: str, tag: str) -> None:
+        """Raises UnknownModel, UnknownTag, RefitConflict."""
+        self.link.connect().request(wire.RemoveTag(id=0, model=model, tag=tag), wire.Done)
+
+    def remove_model(self, model: str) -> None:
+        """Remove all tags of `model`; leased versions stay until released.
+
+        Raises:
+            UnknownModel, RefitConflict.
+        """
+        self.link.connect().request(wire.RemoveModel(id=0, model=model), wire.Done)
+
+    def verify(self, model: str, tag: str | None = None, *, version: int | None = None) -> wire.Verified:
+        """Have the store recompute the checksums of `version`, or of what `tag` names (None: the default
+        tag), and compare them; `corrupt` lists what differs.
+
+        Raises:
+            UnknownModel, UnknownTag, UnknownVersion, TagTorn.
+        """
+        request = wire.VerifyVersion(id=0, model=model, tag=tag or DEFAULT_TAG, version=version)
+        return self.link.connect().request(request, wire.Verified)
+
+    # -- life --------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End every lease and open refit and hang up. Tensors taken earlier keep their pages mapped, but
+        the store may write new versions over them. Idempotent."""
+        self._leases.lose_all(LeaseLost("the store was closed by this process"))
+        self.link.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "connected" if self.link.connection is not None else "not connected"
+        return f"<Store at {self.socket}, {state}>"
+
+    def _greet(self, connection: Connection, same_arena: bool) -> None:
+        """A new connection: renew what the last one held."""
+        if same_arena:
+            self._leases.renew(connection)
+        else:
+            self._leases.lose_all(
+                LeaseLost(f"the store at {self.socket} came back with another arena; load its models again")
+            )
+        self._refits.settle(connection)

@@ -1,0 +1,188 @@
+"""What a refit may write, and what it has written: the writer's half of exact coverage, as pure logic.
+
+The store checks coverage again at commit and has the last word; here mistakes are found before a byte
+moves, with the caller's own line in the traceback.
+
+Invariants:
+- a name has one expectation: its place in this refit, else the base version's record;
+- what shares an extent in the base shares one in every version built on it, so tied names are one *item*:
+  it is written once and reported once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from weightstore.errors import CoverageError
+from weightstore.types import ITEMSIZE, Box, TensorRecord, TensorSpec, component_of
+from weightstore.wire import Write
+
+_SHOWN: Final = 8
+
+
+class Item(msgspec.Struct, gc=False):
+    """Something written: whole, or in parts. `record` is its place, `names` those it was put under."""
+
+    record: TensorRecord
+    names: tuple[str, ...] = ()
+    boxes: tuple[Box, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        if not self.boxes:
+            return self.record.nbytes
+        return sum(box.numel for box in self.boxes) * ITEMSIZE[self.record.dtype]
+
+
+class Ledger:
+    """`what` names the refit in messages; `base` is empty if there is none (`has_base`)."""
+
+    def __init__(
+        self,
+        what: str,
+        base: Mapping[str, TensorRecord],
+        has_base: bool,
+        components: Sequence[str] | None,
+        extend: bool,
+    ) -> None:
+        self.places: dict[str, TensorRecord] = {}
+        self._what = what
+        self._base = base
+        self._closed = has_base and not extend
+        self._components = None if components is None else frozenset(components)
+        self._items: dict[Hashable, Item] = {}
+
+    def expected(self, name: str) -> TensorRecord | None:
+        """The dtype, shape and stride `name` has to have; None for a new name."""
+        return self.places.get(name) or self._base.get(name)
+
+    def tie(self, name: str) -> Hashable:
+        """What `name` shares with the names tied to it, and with no other."""
+        record = self._base.get(name) or self.places.get(name)
+        return record.offset if record is not None and record.nbytes else name
+
+    def item(self, name: str) -> Item | None:
+        """What was written as `name` or as a name tied to it."""
+        return self._items.get(self.tie(name))
+
+    def check(self, wanted: Iterable[tuple[str, str, tuple[int, ...]]], again: bool = False) -> None:
+        """May these (name, dtype, shape) be written whole, now (or `again`)? Raises CoverageError naming
+        all that may not."""
+        problems = Problems(self._what)
+        for name, dtype, shape in wanted:
+            expected = self.expected(name)
+            if self._components is not None and component_of(name) not in self._components:
+                problems.add("undeclared", name)
+            elif expected is None:
+                if self._closed:
+                    problems.add("unknown", name)
+            elif (expected.dtype, expected.shape) != (dtype, shape):
+                given, stored = f"{dtype} {list(shape)}", f"{expected.dtype} {list(expected.shape)}"
+                problems.add("mismatched", name, f"given {given}, stored {stored}")
+            item = self.item(name)
+            if item is not None and (item.boxes or (name in item.names and not again)):
+                problems.add("duplicate", name)
+        problems.raise_any()
+
+    def check_part(self, name: str, dtype: str, box: Box) -> TensorRecord:
+        """May `box` of the tensor `name` be written? Its place, or its record in the base if it has none yet.
+
+        Raises:
+            CoverageError: as `check`; `overlapping` if a part of it was written before.
+        """
+        problems = Problems(self._what)
+        expected = self.expected(name)
+        if expected is None:
+            problems.add("unknown", name, "a tensor the base lacks must be reserved before its parts are put")
+            raise problems.error()
+        if self._components is not None and component_of(name) not in self._components:
+            problems.add("undeclared", name)
+        inside = len(box.lo) == len(expected.shape) and all(
+            0 <= lo and hi <= size for lo, hi, size in zip(box.lo, box.hi, expected.shape, strict=True)
+        )
+        if dtype != expected.dtype or not inside:
+            part = f"{dtype} {list(box.lo)} to {list(box.hi)}"
+            problems.add("mismatched", name, f"given {part}, stored {expected.dtype} {list(expected.shape)}")
+        item = self.item(name)
+        if item is not None and not item.boxes:
+            problems.add("duplicate", name)
+        elif item is not None and any(box.intersects(other) for other in item.boxes):
+            problems.add("overlapping", name, f"{list(box.lo)} to {list(box.hi)}")
+        problems.raise_any()
+        return expected
+
+    def without_place(self, specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+        return [spec for spec in specs if spec.name not in self.places]
+
+    def enter(self, name: str) -> bool:
+        """`name` is being written whole, at its place. False if that was done under a tied name."""
+        key = self.tie(name)
+        item = self._items.get(key)
+        if item is None:
+            self._items[key] = Item(self.places[name], (name,))
+            return True
+        item.names = (*item.names, name)
+        return False
+
+    def enter_part(self, name: str, box: Box) -> None:
+        item = self._items.setdefault(self.tie(name), Item(self.places[name], (name,)))
+        item.boxes = (*item.boxes, box)
+
+    def withdraw(self, name: str, box: Box | None = None) -> None:
+        """What was entered did not get written."""
+        key = self.tie(name)
+        item = self._items.get(key)
+        if item is not None:
+            item.boxes = tuple(other for other in item.boxes if other is not box)
+            if not item.boxes:
+                del self._items[key]
+
+    def writes(self) -> list[Write]:
+        writes = []
+        for item in self._items.values():
+            if item.boxes:
+                writes += [Write(item.record.name, box) for box in item.boxes]
+            else:
+                writes.append(Write(item.record.name))
+        return writes
+
+    @property
+    def tensors(self) -> int:
+        """Names written, each tied one counted."""
+        return sum(len(item.names) for item in self._items.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written, those of tied names once."""
+        return sum(item.nbytes for item in self._items.values())
+
+
+class Problems:
+    """Names a refit refuses, by kind, and the one error about all of them."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._names: dict[str, list[str]] = {}
+        self._notes: dict[str, str] = {}
+
+    def add(self, kind: str, name: str, note: str = "") -> None:
+        self._names.setdefault(kind, []).append(name)
+        if note:
+            self._notes[name] = note
+
+    def raise_any(self) -> None:
+        if self._names:
+            raise self.error()
+
+    def error(self) -> CoverageError:
+        kinds = "; ".join(
+            f"{len(names)} {kind} ({self._shown(names)})" for kind, names in self._names.items()
+        )
+        return CoverageError(f"{self._what}: {kinds}; nothing was written by this call", **self._names)
+
+    def _shown(self, names: list[str]) -> str:
+        shown = [f"{name}: {self._notes[name]}" if name in self._notes else name for name in names[:_SHOWN]]
+        return ", ".join(shown) + (", …" if len(names) > _SHOWN else "")

@@ -1,0 +1,414 @@
+"""Reading: leases that hold a version and follow a tag.
+
+    held ──offer──► pending ──advance()──► held         an awake reader moves when it says so
+    parked ──offer──► parked, newer version             a sleeping one moves at once, on the I/O thread
+    parked ──torn offer──► torn ──offer──► parked       and lets an in-place refit overwrite what it held
+    any ──► released | lost                             for good
+
+Invariants:
+- what a lease says it holds, the store keeps: `version` changes only to what was offered or granted, and
+  the store frees the old version only after the answer;
+- a parked lease knows the newest version without its owner's help, so it is right even if the store dies
+  the next moment;
+- tensors taken from a snapshot cannot be called back: whoever advances, parks or releases has finished
+  with them;
+- state changes happen under the lease's lock, which is never held while waiting for the store.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType, TracebackType
+
+import msgspec
+
+from weightstore import wire
+from weightstore.connection import Connection
+from weightstore.errors import (
+    CircumstanceError,
+    LeaseLost,
+    ProtocolError,
+    StoreGone,
+    TagTorn,
+    UsageError,
+    WeightstoreError,
+)
+from weightstore.link import Link
+from weightstore.mapping import ArenaMapping
+from weightstore.records import end_of, read_records
+from weightstore.snapshot import Snapshot
+from weightstore.types import TensorRecord
+
+_log = logging.getLogger("weightstore")
+
+
+class Lease:
+    """A hold on one version of a model; made by `Store.lease`. Thread-safe.
+
+    As a context manager it gives its snapshot and releases itself at the end.
+
+    Attributes:
+        model, tag: what was asked for.
+        follow: whether the lease moves with its tag.
+        on_offer: called with the lease when an offer is pending, on the connection's thread: it may
+            call `advance`, and must hand anything else over to another thread.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        model: str,
+        tag: str,
+        follow: bool,
+        on_offer: Callable[[Lease], None] | None,
+        ended: Callable[[Lease], None],
+    ) -> None:
+        """Holds nothing until `granted`. `ended` is told when it holds nothing any more."""
+        self.model = model
+        self.tag = tag
+        self.follow = follow
+        self.on_offer = on_offer
+        self._ended = ended
+        self._link = link
+        self._lock = threading.Lock()
+        self._version = 0
+        self._records: Mapping[str, TensorRecord] = {}
+        self._mapping: ArenaMapping | None = None
+        self._offer: wire.Offer | None = None
+        self._parked = False
+        self._torn = False
+        self._released = False
+        self._lost: WeightstoreError | None = None
+        self._held_by: tuple[Connection, int] | None = None
+
+    # -- what is known -----------------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """The version held; while parked, the newest the store has told of."""
+        return self._version
+
+    @property
+    def records(self) -> Mapping[str, TensorRecord]:
+        """The version's tensors by name. Read it once: it is replaced when the lease moves."""
+        return self._records
+
+    @property
+    def mapping(self) -> ArenaMapping:
+        """The arena the records point into."""
+        assert self._mapping is not None
+        return self._mapping
+
+    @property
+    def pending(self) -> int | None:
+        """The version offered and not yet taken."""
+        offer = self._offer
+        return None if offer is None else offer.version
+
+    @property
+    def parked(self) -> bool:
+        return self._parked
+
+    @property
+    def torn(self) -> bool:
+        """Whether an in-place refit has been let loose on the bytes and has not committed."""
+        return self._torn
+
+    @property
+    def lost(self) -> bool:
+        """Whether the store no longer honours the lease. Its mapping stays readable."""
+        return self._lost is not None
+
+    @property
+    def released(self) -> bool:
+        return self._released
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The held version, readable until the lease moves or ends.
+
+        Raises:
+            LeaseLost: released, or no longer honoured.
+            TagTorn: an in-place refit has not committed.
+            UsageError: parked.
+        """
+        with self._lock:
+            self._require_readable()
+            return Snapshot(self.model, self._version, self._records, self.mapping, self.require_readable)
+
+    def require_readable(self, version: int) -> None:
+        """Raise what `snapshot` raises, or LeaseLost if the lease holds another version than `version`."""
+        with self._lock:
+            self._require_readable()
+            if version != self._version:
+                raise LeaseLost(
+                    f"this snapshot shows version {version} of {self.model!r}, and its lease has moved on to "
+                    f"{self._version}; use lease.snapshot",
+                    version=version,
+                    held=self._version,
+                )
+
+    # -- what its owner does -----------------------------------------------------------------------
+
+    def advance(self) -> bool:
+        """Take the pending offer: the lease then holds that version, and the store may free the old one,
+        so nothing of the old snapshot may be in use any more. False if nothing is pending.
+
+        Raises:
+            LeaseLost: released, or no longer honoured.
+        """
+        with self._lock:
+            self._require_live()
+            offer, held_by = self._offer, self._held_by
+            if offer is None:
+                return False
+            self._take(offer)
+        if held_by is not None:
+            self._answer(*held_by, offer.version)
+        return True
+
+    def park(self) -> None:
+        """Promise to read no bytes until `unpark`. From now on offers are taken at once, and an in-place
+        refit may overwrite the version. Works while the store is away (it is told when it returns).
+
+        Raises:
+            UsageError: the lease follows no tag.
+            LeaseLost: released, or no longer honoured.
+        """
+        self._park_or_unpark(parked=True)
+
+    def unpark(self) -> None:
+        """Read again, from the newest version; one round trip. With the store away: from the newest it
+        told of, which cannot have changed since.
+
+        Raises:
+            TagTorn: an in-place refit overwrote the bytes and has not committed; still parked.
+            LeaseLost, UsageError: as `park`.
+        """
+        self._park_or_unpark(parked=False)
+
+    def release(self) -> None:
+        """Give the version back. Tensors of its snapshots must not be used any more. Idempotent."""
+        with self._lock:
+            held_by, self._held_by = self._held_by, None
+            ended = self._released or self.lost
+            self._released = True
+            self._offer = None
+        self._ended(self)
+        if ended or held_by is None:
+            return
+        connection, number = held_by
+        message = wire.ReleaseLease(id=0, lease=number)
+        if connection.on_io_thread():
+            connection.post(message, wire.Done)
+            return
+        try:
+            connection.request(message, wire.Done)
+        except StoreGone:
+            pass  # the hold ended with the connection
+        except LeaseLost:
+            pass  # the store had ended it already
+
+    def __enter__(self) -> Snapshot:
+        return self.snapshot
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def __repr__(self) -> str:
+        state = "released" if self._released else "lost" if self.lost else "torn" if self._torn else "held"
+        parked = ", parked" if self._parked else ""
+        return f"<Lease on {self.model!r} tag {self.tag!r} version {self._version}, {state}{parked}>"
+
+    # -- parking -----------------------------------------------------------------------------------
+
+    def _park_or_unpark(self, parked: bool) -> None:
+        if not self.follow:
+            raise UsageError(
+                f"a lease on a fixed version cannot be parked; lease {self.tag!r} with follow=True"
+            )
+        while True:
+            try:
+                connection = self._link.connect()
+                with self._lock:
+                    self._require_live()
+                    held_by = self._held_by
+                if held_by is None or held_by[0] is not connection:
+                    raise StoreGone("the connection changed hands meanwhile")
+                connection.request(
+                    wire.ParkLease(id=0, lease=held_by[1], parked=parked),
+                    wire.LeaseState,
+                    on_reply=partial(self._parking_answered, connection, parked),
+                )
+                break
+            except (CircumstanceError, ProtocolError):
+                # Decided while no connection can be made, so that a renewal tells the store what holds.
+                if self._link.while_down(lambda: self._park_alone(parked)):
+                    break
+            except LeaseLost as error:
+                self.lose(error)
+                raise
+        if not parked:
+            with self._lock:
+                self._require_live()
+                if self._torn:
+                    raise self._torn_error()
+
+    def _park_alone(self, parked: bool) -> None:
+        with self._lock:
+            self._require_live()
+            if parked and self._offer is not None:
+                self._take(self._offer)
+            self._parked = parked or self._torn
+
+    def _parking_answered(self, connection: Connection, parked: bool, state: wire.LeaseState) -> None:
+        """On the I/O thread, between the offers from before and after."""
+        with self._lock:
+            if self._held_by is None or self._held_by[0] is not connection:
+                return
+            number, offer = self._held_by[1], self._offer
+            if parked:
+                self._parked = True
+                if offer is not None:
+                    self._take(offer)
+            else:
+                self._offer = offer = None
+                self._move(state.version, state.torn, state.records)
+                self._parked = state.torn
+        if parked and offer is not None:
+            connection.post(
+                wire.TakeOffer(id=0, lease=number, version=offer.version), wire.Done, on_failed=self.lose
+            )
+        if state.torn and not parked:
+            # Unparking failed; the store is to go on as with any sleeping holder.
+            connection.post(
+                wire.ParkLease(id=0, lease=number, parked=True), wire.LeaseState, on_failed=self.lose
+            )
+
+    # -- moving ------------------------------------------------------------------------------------
+
+    def _take(self, offer: wire.Offer) -> None:
+        self._offer = None
+        self._move(offer.version, offer.torn, offer.records)
+
+    def _move(self, version: int, torn: bool, raw: msgspec.Raw) -> None:
+        """Hold `version` from here on. The lock is held."""
+        records = read_records(raw)
+        if records is not None:
+            mapping = self._mapping
+            end = end_of(records)
+            if mapping is None or end > mapping.nbytes:
+                mapping = self._link.mapping
+                if end > mapping.nbytes:
+                    raise ProtocolError(
+                        f"version {version} of {self.model!r} reaches byte {end} of {mapping.nbytes}"
+                    )
+            self._mapping = mapping
+            self._records = MappingProxyType({record.name: record for record in records})
+        elif torn:
+            self._torn = True  # whatever it is called, it cannot be read
+            return
+        elif version != self._version:
+            raise ProtocolError(f"the store moved a lease to version {version} without its records")
+        self._version = version
+        self._torn = torn
+
+    def _answer(self, connection: Connection, number: int, version: int) -> None:
+        message = wire.TakeOffer(id=0, lease=number, version=version)
+        if connection.on_io_thread():
+            connection.post(message, wire.Done, on_failed=self.lose)
+            return
+        try:
+            connection.request(message, wire.Done)
+        except StoreGone:
+            pass  # a renewal will name the version held now
+        except LeaseLost as error:
+            self.lose(error)
+            raise
+
+    # -- what the store says, on the I/O thread ----------------------------------------------------
+
+    def offered(self, connection: Connection, offer: wire.Offer) -> None:
+        with self._lock:
+            if self._held_by != (connection, offer.lease):
+                return
+            at_once = self._parked or self._torn or offer.torn
+            if at_once:
+                self._take(offer)
+            else:
+                self._offer = offer
+        if at_once:
+            connection.post(
+                wire.TakeOffer(id=0, lease=offer.lease, version=offer.version), wire.Done, on_failed=self.lose
+            )
+        elif self.on_offer is not None:
+            try:
+                self.on_offer(self)
+            except Exception:
+                _log.exception("on_offer of %r failed", self)
+
+    def granted(self, connection: Connection, grant: wire.LeaseGranted) -> bool:
+        """A lease or its renewal was granted. False if it was released meanwhile."""
+        with self._lock:
+            if self._released:
+                return False
+            if grant.version != self._version:
+                self._move(grant.version, False, grant.records)
+            self._held_by = (connection, grant.lease)
+            return True
+
+    def renewal(self) -> wire.RenewLease | None:
+        """What to ask a returned store for. From here until it answers no offer is pending."""
+        with self._lock:
+            if self._released or self.lost:
+                return None
+            self._offer = None
+            self._held_by = None
+            return wire.RenewLease(
+                id=0,
+                model=self.model,
+                tag=self.tag,
+                version=self._version,
+                follow=self.follow,
+                parked=self._parked,
+            )
+
+    def lose(self, error: WeightstoreError) -> None:
+        with self._lock:
+            self._held_by = self._offer = None
+            if self._lost is None and not self._released:
+                self._lost = error
+        self._ended(self)
+
+    # -- checks, under the lock --------------------------------------------------------------------
+
+    def _require_live(self) -> None:
+        what = f"the lease on version {self._version} of {self.model!r}"
+        if self._released:
+            raise LeaseLost(f"{what} was released; open a new one", version=self._version)
+        if self._lost is not None:
+            raise LeaseLost(f"{what} is lost: {self._lost.message}", version=self._version)
+
+    def _require_readable(self) -> None:
+        self._require_live()
+        if self._torn:
+            raise self._torn_error()
+        if self._parked:
+            raise UsageError(
+                f"the lease on {self.model!r} tag {self.tag!r} is parked, its bytes may change; call unpark()"
+            )
+
+    def _torn_error(self) -> TagTorn:
+        return TagTorn(
+            f"tag {self.tag!r} of {self.model!r} is torn: an in-place refit overwrote version "
+            f"{self._version} and has not committed. Wait for its commit, finish a new refit of the tag that "
+            f"writes those components whole, or load the model again (`weightstore load {self.model} …`)",
+            model=self.model,
+            tag=self.tag,
+            version=self._version,
+        )

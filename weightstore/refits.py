@@ -1,0 +1,82 @@
+"""The open refits of one client, and its promise to the store after a connection broke among them.
+
+When a connection ends, the store keeps the space of its open refits in quarantine, because copies may
+still be landing there. The promise `Drained` gives it back.
+
+Invariant: it is sent only when every refit of a lost connection has no copy under way, and its owner, if
+he was given memory to write to, has learned that it is over.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from weightstore import wire
+from weightstore.connection import Connection
+from weightstore.errors import StoreGone
+from weightstore.link import Link
+from weightstore.trainer import Refit
+
+
+class Refits:
+    """The open refits of one client, which owes the store a promise when a connection breaks among them."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._lock = threading.Lock()
+        self._open: set[Refit] = set()
+        self._owed = False
+
+    def open(self, request: wire.OpenRefit) -> Refit:
+        """Begin or join a refit; see `Store.refit`."""
+        started = time.perf_counter()
+        connection = self._link.connect()
+        opened, fd = connection.request_fd(
+            request,
+            wire.RefitOpened,
+            undo=lambda late: connection.post(wire.AbortRefit(id=0, refit=late.refit), wire.Done),
+        )
+        refit = Refit(connection, request, opened, self._link.open_writer(fd), started, self._forget)
+        with self._lock:
+            self._open.add(refit)
+        return refit
+
+    def settle(self, connection: Connection) -> None:
+        """On a new connection: wait for the copies begun on lost ones, then promise that none is landing.
+
+        While a view of a lost refit may be in use the promise is put off until that refit is given up.
+
+        Raises:
+            StoreGone: it went again.
+        """
+        with self._lock:
+            gone = [refit for refit in self._open if refit.lost]
+            self._owed = self._owed or bool(gone)
+        for refit in gone:
+            refit.drain()
+        with self._lock:
+            self._open.difference_update(refit for refit in gone if not refit.viewed)
+        self._promise(connection)
+
+    def _forget(self, refit: Refit) -> None:
+        """`refit` has ended and its owner knows."""
+        with self._lock:
+            self._open.discard(refit)
+        connection = self._link.connection
+        if connection is not None:
+            try:
+                self._promise(connection)
+            except StoreGone:
+                pass  # still owed: the next connection's greeting sees to it
+
+    def _promise(self, connection: Connection) -> None:
+        with self._lock:
+            if not self._owed or any(refit.lost for refit in self._open):
+                return
+            self._owed = False
+        try:
+            connection.request(wire.Drained(id=0), wire.Done)
+        except BaseException:
+            self._owed = True
+            raise

@@ -1,0 +1,462 @@
+"""Writing: a refit is a transaction that ends in a new version, or in nothing.
+
+    OPEN ⇄ COMMITTING ──► COMMITTED                a coverage error leads back to OPEN
+     └────────┴─────────► ABORTED                  given up here, by another rank, or with the connection
+
+Invariants:
+- nothing is copied before every name of a call has been checked and the store has given it a place;
+- what `commit` reports as written has landed: it waits for all copies, and one that failed is not reported;
+- `AbortRefit` and `Drained` are sent only when no copy is landing and no view is in use: they let the store
+  reuse the bytes.
+
+torch is imported when a tensor comes; who fills the arena by other means (`mapping`, `wrote`) needs none.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from enum import Enum
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from weightstore import wire
+from weightstore.connection import Connection
+from weightstore.errors import (
+    ProtocolError,
+    RefitAborted,
+    RefitClosed,
+    StoreGone,
+    UsageError,
+    WeightstoreError,
+)
+from weightstore.ledger import Ledger, Problems
+from weightstore.mapping import ArenaMapping
+from weightstore.records import check_records, end_of, read_records
+from weightstore.report import RefitReport
+from weightstore.types import Box, TensorRecord, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from weightstore.copies import Source
+
+R = TypeVar("R", bound=wire.Reply)
+
+
+class State(Enum):
+    OPEN = "open"
+    COMMITTING = "being committed"
+    COMMITTED = "committed"
+    ABORTED = "aborted"
+
+
+MOVES: Final[dict[State, frozenset[State]]] = {
+    State.OPEN: frozenset({State.COMMITTING, State.ABORTED}),
+    State.COMMITTING: frozenset({State.OPEN, State.COMMITTED, State.ABORTED}),
+    State.COMMITTED: frozenset(),
+    State.ABORTED: frozenset(),
+}
+
+
+class Refit:
+    """A write transaction; made by `Store.refit`. Commits at the end of its `with` block, or aborts if the
+    block raises. Thread-safe; copies run in the thread that puts.
+
+    Every method that writes raises, changing nothing:
+        CoverageError: names that are unknown, undeclared, given twice, or of another shape or dtype
+            than stored; all of them, before a byte moves.
+        InvalidTensor: a value the store cannot hold.
+        ArenaFull: no place for it.
+        RefitClosed: committed or aborted already.
+        RefitAborted: another rank ended it.
+        StoreGone: the connection ended, and the refit with it.
+
+    Attributes:
+        model, tag: what is written.
+        base: number of the version it starts from; 0 for none.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        request: wire.OpenRefit,
+        opened: wire.RefitOpened,
+        mapping: ArenaMapping,
+        started: float,
+        ended: Callable[[Refit], None],
+    ) -> None:
+        """`ended` is told once nothing of the refit can be landing any more."""
+        self.model = request.model
+        self.tag = request.tag
+        self.base = opened.base
+        self._connection = connection
+        self._number = opened.refit
+        self._alone = request.world_size == 1
+        self._mapping = mapping
+        self._started = started
+        self._ended = ended
+        on = f" on version {opened.base}" if opened.base else ""
+        self._what = f"refit of {self.model!r} tag {self.tag!r}{on}"
+        base = {record.name: record for record in read_records(opened.base_records) or []}
+        self._ledger = Ledger(self._what, base, bool(opened.base), request.components, request.extend)
+        self._add_places(opened.targets)
+        self._state = State.OPEN
+        self._reason = ""
+        self._report: RefitReport | None = None
+        self._viewed = False
+        self._left = False
+        self._copying = 0
+        self._idle = threading.Condition()
+        """Guards `_state`, `_copying`, `_viewed`; notified when the last copy has landed."""
+        self._planning = threading.Lock()
+        """One call at a time between checking its names and entering them; held during a Reserve."""
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def put(self, name: str, tensor: Any) -> None:
+        """Write one tensor: torch (CPU or CUDA, any stride), numpy, or anything with DLPack."""
+        self.put_many(((name, tensor),))
+
+    def put_many(self, tensors: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> None:
+        """Write many tensors with one round trip at most. Values over the same memory are stored once."""
+        from weightstore.copies import sources_of
+
+        self._write(sources_of(tensors.items() if isinstance(tensors, Mapping) else tensors))
+
+    def put_module(self, module: torch.nn.Module, prefix: str = "") -> None:
+        """Write all parameters and persistent buffers of `module` under their state_dict names."""
+        from weightstore.copies import module_tensors
+
+        self.put_many(module_tensors(module, prefix))
+
+    def put_part(self, name: str, tensor: Any, at: Sequence[int]) -> None:
+        """Write a part of a tensor: `tensor`'s elements from index `at` on, as the ranks of a sharded
+        trainer do. All parts, of all ranks, must make up the tensor exactly once.
+
+        A tensor that the base version lacks must have been given its full shape with `reserve`.
+        """
+        from weightstore.copies import copy_all
+        from weightstore.tensors import as_tensor, dtype_name, place_of
+
+        source = as_tensor(name, tensor)
+        lo = tuple(int(i) for i in at)
+        if len(lo) != source.dim():
+            raise UsageError(f"part of {name!r} at {list(lo)}: the part has {source.dim()} dimensions")
+        box = Box(lo, tuple(i + n for i, n in zip(lo, source.shape, strict=True)))
+        with ExitStack() as landing:
+            with self._planning:
+                self._require_open()
+                expected = self._ledger.check_part(name, dtype_name(name, source.dtype), box)
+                self._find_places([TensorSpec(name, expected.dtype, expected.shape, expected.stride)])
+                self._ledger.enter_part(name, box)
+                landing.enter_context(self._landing([(name, box)]))
+            place = place_of(self._mapping, self._ledger.places[name])
+            copy_all([(place[tuple(slice(a, b) for a, b in zip(box.lo, box.hi, strict=True))], source)])
+
+    def view(self, name: str, spec: TensorSpec | torch.Tensor | None = None) -> torch.Tensor:
+        """A writable tensor on the arena itself, to be filled before `commit` and not touched after it.
+
+        It counts as written. Its content is undefined, except in an in-place refit. `spec`, needed for
+        a tensor the base lacks, is a TensorSpec or any tensor (also on meta) of that dtype and shape.
+        """
+        from weightstore.tensors import spec_of, tensor_of
+
+        expected = self._ledger.expected(name)
+        if isinstance(spec, TensorSpec):
+            spec = TensorSpec(name, spec.dtype, spec.shape, spec.stride)
+        elif spec is not None:
+            spec = spec_of(name, spec)
+        elif expected is not None:
+            spec = TensorSpec(name, expected.dtype, expected.shape, expected.stride)
+        else:
+            problems = Problems(self._what)
+            problems.add("unknown", name, "give its dtype and shape, view(name, spec)")
+            raise problems.error()
+        with self._planning:
+            self._require_open()
+            self._ledger.check([(name, spec.dtype, spec.shape)], again=True)
+            self._find_places([spec])
+            self._begin_view()
+            item = self._ledger.item(name)
+            if item is None or name not in item.names:
+                self._ledger.enter(name)
+        return tensor_of(self._mapping, self._ledger.places[name])
+
+    def reserve(self, specs: Iterable[TensorSpec]) -> list[TensorRecord]:
+        """Places for tensors to come, in one round trip; each must be written before the commit. Strides of
+        tensors that the base has are the base's."""
+        specs = list(specs)
+        with self._planning:
+            self._require_open()
+            self._find_places(specs)
+            return [self._ledger.places[spec.name] for spec in specs]
+
+    @property
+    def mapping(self) -> ArenaMapping:
+        """The arena, writable, for writers that do without tensors: fill `reserve`d places, then say so
+        with `wrote`."""
+        self._begin_view()
+        return self._mapping
+
+    def wrote(self, names: Iterable[str]) -> None:
+        """These tensors' places have been filled through `mapping`. Names tied to them need not be named."""
+        names = list(names)
+        with self._planning:
+            self._require_open()
+            problems = Problems(self._what)
+            for name in names:
+                if name not in self._ledger.places:
+                    problems.add("unknown", name, "no place was reserved for it")
+            problems.raise_any()
+            places = self._ledger.places
+            self._ledger.check((name, places[name].dtype, places[name].shape) for name in names)
+            for name in names:
+                self._ledger.enter(name)
+
+    # -- ending ------------------------------------------------------------------------------------
+
+    def commit(self) -> int:
+        """Make the new version and move the tag; its number. Shared refits wait here for all ranks.
+
+        Raises:
+            CoverageError: tensors are missing; the refit of a lone writer is still open.
+            RefitAborted, RefitClosed: it ended without a version.
+            StoreGone: the store went away; ``details["outcome"]`` is "unknown" if the commit was on its way.
+        """
+        with self._planning, self._idle:
+            self._require_open()
+            self._move(State.COMMITTING)
+        self.drain()
+        request = wire.CommitRefit(id=0, refit=self._number, writes=self._ledger.writes())
+        try:
+            committed = self._connection.request(request, wire.Committed)
+        except (RefitAborted, RefitClosed) as error:
+            self._end(State.ABORTED, error.message)
+            self._leave()
+            raise
+        except StoreGone as error:
+            self._end(State.ABORTED, "the store went away during its commit")
+            raise self._unknown_outcome(error) from None
+        except WeightstoreError as error:
+            if self._alone:
+                with self._idle:
+                    self._move(State.OPEN)
+            else:
+                self._end(State.ABORTED, error.message)
+                self._leave()
+            raise
+        except BaseException:
+            self._end(State.ABORTED, "its commit was interrupted")
+            self._leave()
+            raise
+        self._end(State.COMMITTED)
+        self._report = RefitReport(
+            self.model,
+            self.tag,
+            committed.version,
+            self.base,
+            self._ledger.tensors,
+            self._ledger.nbytes,
+            time.perf_counter() - self._started,
+        )
+        return committed.version
+
+    def abort(self, reason: str = "") -> None:
+        """End without a version; every rank's refit ends. Views must not be in use any more. Idempotent.
+
+        Raises:
+            RefitClosed: it was committed.
+        """
+        with self._planning:
+            with self._idle:
+                if self._state is State.OPEN:
+                    self._move(State.ABORTED)
+                    self._reason = reason
+                elif self._state is not State.ABORTED:
+                    raise self._closed_error()
+            self._leave(reason)
+
+    @property
+    def report(self) -> RefitReport:
+        """What was written. Raises UsageError before the commit."""
+        if self._report is None:
+            raise UsageError(f"{self._what} is {self._state.value}; there is a report once it is committed")
+        return self._report
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def lost(self) -> bool:
+        """Whether the connection it was opened on has ended, and the refit with it."""
+        return self._connection.lost
+
+    @property
+    def viewed(self) -> bool:
+        """Whether somebody was given memory to write to, which no one here can wait for."""
+        return self._viewed
+
+    def __enter__(self) -> Refit:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            if self._state is State.OPEN:
+                try:
+                    self.commit()
+                except BaseException as failure:
+                    if self._state is State.OPEN:
+                        self.abort(str(failure))
+                    raise
+        elif self._state is not State.COMMITTED:
+            self.abort(f"{type(error).__name__}: {error}")
+
+    def __repr__(self) -> str:
+        return f"<{self._what}: {self._state.value}>"
+
+    # -- places ------------------------------------------------------------------------------------
+
+    def _write(self, sources: list[Source]) -> None:
+        from weightstore.copies import copy_all, ties_that_differ
+        from weightstore.tensors import place_of
+
+        ledger, places = self._ledger, self._ledger.places
+        with ExitStack() as landing:
+            with self._planning:
+                self._require_open()
+                ledger.check((source.name, source.dtype, source.shape) for source in sources)
+                problems = Problems(self._what)
+                for name, other in ties_that_differ(sources, ledger, self._mapping, self.drain).items():
+                    problems.add("mismatched", name, f"tied to {other}, whose values differ from those given")
+                problems.raise_any()
+                self._find_places(source.spec() for source in sources if source.name not in places)
+                first = [source for source in sources if ledger.enter(source.name)]
+                landing.enter_context(self._landing([(source.name, None) for source in first]))
+            copy_all((place_of(self._mapping, places[source.name]), source.tensor) for source in first)
+
+    def _find_places(self, specs: Iterable[TensorSpec]) -> None:
+        """Have the store reserve what has no place yet, in one round trip."""
+        new = self._ledger.without_place(specs)
+        if new:
+            message = wire.Reserve(id=0, refit=self._number, specs=new)
+            records = self._ask(message, wire.Reserved).records
+            if [record.name for record in records] != [spec.name for spec in new]:
+                raise ProtocolError(f"the store reserved {len(records)} places for {len(new)} other tensors")
+            self._add_places(records)
+
+    def _add_places(self, records: list[TensorRecord]) -> None:
+        check_records(records)
+        if end_of(records) > self._mapping.nbytes:
+            raise ProtocolError(f"the store reserved places beyond the arena's {self._mapping.nbytes} bytes")
+        self._ledger.places.update((record.name, record) for record in records)
+
+    def _ask(self, message: wire.Request, expect: type[R]) -> R:
+        try:
+            return self._connection.request(message, expect)
+        except StoreGone as error:
+            raise self._gone(error.message) from None
+        except (RefitAborted, RefitClosed) as error:
+            with self._idle:
+                if self._state is State.OPEN:
+                    self._move(State.ABORTED)
+                    self._reason = error.message
+            raise
+
+    # -- copies under way --------------------------------------------------------------------------
+
+    @contextmanager
+    def _landing(self, entered: list[tuple[str, Box | None]]) -> Iterator[None]:
+        """The copies of what was entered; if one fails, none of them counts as written.
+
+        Never begun on a lost connection: whoever reconnects waits for the copies begun before, and
+        then promises the store that there are none.
+        """
+        with self._idle:
+            self._require_open()
+            self._copying += 1
+        try:
+            yield
+        except BaseException:
+            for name, box in entered:
+                self._ledger.withdraw(name, box)
+            raise
+        finally:
+            with self._idle:
+                self._copying -= 1
+                self._idle.notify_all()
+
+    def _begin_view(self) -> None:
+        with self._idle:
+            self._require_open()
+            self._viewed = True
+
+    def drain(self) -> None:
+        """Wait until no copy into the arena is under way."""
+        with self._idle:
+            self._idle.wait_for(lambda: not self._copying)
+
+    # -- states ------------------------------------------------------------------------------------
+
+    def _move(self, state: State) -> None:
+        assert state in MOVES[self._state], (self._state, state)
+        self._state = state
+
+    def _end(self, state: State, reason: str = "") -> None:
+        with self._idle:
+            self._move(state)
+            self._reason = reason
+        if state is State.COMMITTED or self._connection.lost:
+            self._ended(self)
+
+    def _leave(self, reason: str = "") -> None:
+        """Tell the store that nothing of this aborted refit is landing any more."""
+        if self._left:
+            return
+        self._left = True
+        self.drain()
+        self._ended(self)
+        message = wire.AbortRefit(id=0, refit=self._number, reason=reason[:500])
+        try:
+            self._connection.request(message, wire.Done)
+        except StoreGone:
+            pass  # the refit ended with its connection; Drained follows on the next one
+        except RefitClosed:
+            pass  # the store has forgotten it already, or an interrupted commit had gone through
+
+    def _require_open(self) -> None:
+        if self._state is not State.OPEN:
+            raise self._closed_error()
+        if self._connection.lost:
+            raise self._gone("the connection to the store was lost")
+
+    def _closed_error(self) -> RefitClosed:
+        why = f": {self._reason}" if self._reason else ""
+        return RefitClosed(
+            f"{self._what} is {self._state.value}{why}; open a new one", state=self._state.value
+        )
+
+    def _gone(self, why: str) -> StoreGone:
+        return StoreGone(
+            f"{why}. The {self._what} ended with the connection, nothing was committed; begin a new one when "
+            "the store is back",
+            socket=self._connection.peer,
+            outcome="aborted",
+        )
+
+    def _unknown_outcome(self, error: StoreGone) -> StoreGone:
+        return StoreGone(
+            f"{error.message}. Its commit was under way, so the {self._what} may or may not have become a "
+            f"version: ask store.tags({self.model!r}) when the store is back; if {self.tag!r} names a "
+            f"version above {self.base}, it has (unless somebody else wrote one)",
+            socket=self._connection.peer,
+            outcome="unknown",
+            model=self.model,
+            tag=self.tag,
+            base=self.base,
+        )
