@@ -24,7 +24,7 @@ from weightstore.checkpoint.transfer import (
     move_piece,
     strided_jobs,
 )
-from weightstore.errors import CheckpointError
+from weightstore.errors import CheckpointError, StorageError
 from weightstore.types import TensorRecord
 
 
@@ -102,7 +102,7 @@ def test_a_file_that_ends_early_is_refused(tmp_path: Path) -> None:
 
 def test_an_io_error_names_the_file(tmp_path: Path) -> None:
     fd = os.open(tmp_path, os.O_RDONLY)
-    with pytest.raises(CheckpointError, match="f: I/O error at byte 0: Is a directory"):
+    with pytest.raises(StorageError, match="f: I/O error at byte 0: Is a directory"):
         move_piece(os.preadv, fd, Piece(0, 1, ((0, 1),)), memoryview(bytearray(1)), "f")
     os.close(fd)
 

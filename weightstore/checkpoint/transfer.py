@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from weightstore.errors import CheckpointError
+from weightstore.errors import CheckpointError, StorageError
 from weightstore.types import ITEMSIZE, TensorRecord
 
 if TYPE_CHECKING:
@@ -90,15 +90,17 @@ def move_piece(move: Mover, fd: int, piece: Piece, arena: memoryview, file: str)
     move_ranges(move, fd, piece.offset, [arena[at : at + n] for at, n in piece.ranges], file)
 
 
+def piece_job(move: Mover, fd: int, piece: Piece, arena: memoryview, file: str) -> Job:
+    return Job(piece.nbytes, lambda: move_piece(move, fd, piece, arena, file))
+
+
 def move_ranges(move: Mover, fd: int, offset: int, views: Iterable[memoryview], file: str) -> None:
     waiting = deque(views)
     while waiting:
         try:
             moved = move(fd, tuple(waiting), offset)
         except OSError as error:
-            raise CheckpointError(
-                f"{file}: I/O error at byte {offset}: {error.strerror}", file=file
-            ) from None
+            raise StorageError(f"{file}: I/O error at byte {offset}: {error.strerror}", file=file) from None
         if moved == 0:
             missing = sum(v.nbytes for v in waiting)
             raise CheckpointError(
