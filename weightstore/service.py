@@ -90,18 +90,17 @@ def run(config: ServiceConfig, ready: Callable[[Store], None] = lambda store: No
 
 async def _serve(config: ServiceConfig, ready: Callable[[Store], None]) -> None:
     admission = Admission(config.reserve)
-    with Arena.open(config.arena, config.capacity, config.window, admission) as arena:
-        clock = Clock()
-        store = Store(arena, clock(), config.grace)
-        listener = listen(config.socket, bool(config.allow_uids))
+    # The socket first: a store that cannot have it must not leave a new arena behind.
+    with contextlib.closing(listen(config.socket, bool(config.allow_uids))) as listener:
         try:
-            service = Service(config, store, clock)
-            with contextlib.closing(listener):
-                await service.serve(listener, ready)
+            with Arena.open(config.arena, config.capacity, config.window, admission) as arena:
+                clock = Clock()
+                store = Store(arena, clock(), config.grace)
+                await Service(config, store, clock).serve(listener, ready)
+                if not config.keep:
+                    arena.unlink()
         finally:
             config.socket.unlink(missing_ok=True)
-        if not config.keep:
-            arena.unlink()
 
 
 class Clock:

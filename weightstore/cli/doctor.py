@@ -9,7 +9,7 @@ from typing import Final
 
 import click
 
-from weightstore.cli.options import SIZE, connect, socket_option
+from weightstore.cli.options import connect, size, socket_option
 from weightstore.doctor import Finding, examine
 from weightstore.errors import WeightstoreError
 from weightstore.paths import socket_path
@@ -20,7 +20,7 @@ INDENT: Final = 24
 
 @click.command("doctor")
 @socket_option
-@click.option("--capacity", metavar="SIZE", type=SIZE, help="Check that so many bytes can be had.")
+@click.option("--capacity", metavar="SIZE", type=size, help="Check that so many bytes can be had.")
 @click.option("--gpu/--no-gpu", default=True, show_default=True, help="Look at CUDA as well.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @click.pass_context

@@ -17,36 +17,34 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Size(click.ParamType):
-    """Bytes, written as '64GiB', '500MB' or a plain number."""
+def size(text: str) -> int:
+    """Parameter type: bytes, written as '64GiB', '500MB' or a plain number."""
+    try:
+        return parse_size(text)
+    except UsageError as error:
+        raise click.BadParameter(error.message) from None
 
-    name = "size"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
+def name(kind: str) -> Callable[[str], str]:
+    """Parameter type: a name that the store would accept for a `kind` (model, tag, arena)."""
+
+    def check(text: str) -> str:
         try:
-            return parse_size(value)
-        except UsageError as error:
-            self.fail(error.message, param, ctx)
-
-
-class Name(click.ParamType):
-    """A model, tag or arena name that the store would accept."""
-
-    def __init__(self, kind: str) -> None:
-        self.name = kind
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        try:
-            return check_name(self.name, value)
+            return check_name(kind, text)
         except InvalidName as error:
-            self.fail(error.message, param, ctx)
+            raise click.BadParameter(error.message) from None
+
+    check.__name__ = kind
+    return check
 
 
-SIZE = Size()
-MODEL = Name("model")
-TAG = Name("tag")
+def version_or_tag(text: str) -> int | str:
+    """Parameter type: a version number, or the name of a tag."""
+    return int(text) if text.isdigit() else TAG(text)
+
+
+MODEL = name("model")
+TAG = name("tag")
 
 
 def socket_option(command: F) -> F:

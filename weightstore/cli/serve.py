@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from weightstore.cli.options import SIZE, Name, socket_option
+from weightstore.cli.options import name, size, socket_option
 from weightstore.paths import arena_name, socket_path
 from weightstore.sizes import format_size
 
@@ -24,14 +24,14 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 @click.option(
     "--capacity",
     metavar="SIZE",
-    type=SIZE,
+    type=size,
     help="Bytes the arena can grow to, e.g. 64GiB. Memory is taken when it is needed.  "
     "[default: the size of /dev/shm]",
 )
 @click.option(
     "--window",
     metavar="SIZE",
-    type=SIZE,
+    type=size,
     default="1GiB",
     show_default=True,
     help="Unit in which memory is committed and pinned.",
@@ -39,14 +39,14 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 @click.option(
     "--arena",
     metavar="NAME",
-    type=Name("arena"),
+    type=name("arena"),
     help="Name of the shared memory object.  [default: one that belongs to the socket's path]",
 )
 @click.option("--keep", is_flag=True, help="On a clean end leave the arena for the next store to adopt.")
 @click.option(
     "--reserve",
     metavar="SIZE",
-    type=SIZE,
+    type=size,
     default="512MiB",
     show_default=True,
     help="Memory of the host and of every cgroup that stays free for others.",
