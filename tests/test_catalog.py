@@ -493,7 +493,7 @@ def test_nothing_is_freed_and_nothing_overwritten_while_the_grace_period_runs():
     refit_of(c)
     one = c.models.get("m").version(1)
     assert one.state is VersionState.RETIRED
-    lease, held = c.leases.renew(BOB, "m", "latest", 1, False, False, 10.0)
+    lease, held = c.leases.renew(BOB, "m", "latest", 1, False, False, False, 10.0)
     assert held is one
     with pytest.raises(VersionInUse, match="restarted"):
         c.open_refit(opened(in_place=True), ALICE, 0.0)
@@ -502,8 +502,8 @@ def test_nothing_is_freed_and_nothing_overwritten_while_the_grace_period_runs():
     c.release_lease(lease.number, BOB)
     assert one.state is VersionState.FREED
     with pytest.raises(LeaseLost, match="no longer in the store"):
-        c.leases.renew(BOB, "m", "latest", 1, False, False, 60.0)
-    parked, newest = c.leases.renew(BOB, "m", "latest", 1, True, True, 60.0)
+        c.leases.renew(BOB, "m", "latest", 1, False, False, False, 60.0)
+    parked, newest = c.leases.renew(BOB, "m", "latest", 1, True, True, False, 60.0)
     assert (newest.number, parked.parked) == (2, True)
 
 
@@ -514,3 +514,13 @@ def test_extents_have_alignment_and_exact_sizes():
     assert version.records["b"].extent == Extent(START + ALIGN, 4)
     assert version.records["c"].nbytes == 0
     assert version.extents == {Extent(START, 3), Extent(START + ALIGN, 4)}
+
+
+def test_a_holder_that_wrongly_believes_its_bytes_torn_is_offered_the_truth():
+    c = catalog()
+    publish(c)
+    lease, _ = c.leases.renew(BOB, "m", "latest", 1, True, True, True, 10.0)
+    ((offered, version),) = c.leases.make_offers()
+    assert offered is lease and version.number == 1 and not lease.offered_torn
+    c.take_offer(lease.number, BOB, 1)
+    assert not lease.torn

@@ -218,7 +218,7 @@ def test_retired_versions_outlive_a_kill_until_the_grace_period_ends(name: str):
     store.arena.close()
     survivor = open_store(name, grace=30.0)
     assert sorted(survivor.catalog.models.get("m").versions) == [1, 2]
-    lease, version = survivor.catalog.leases.renew(ALICE, "m", "latest", 1, False, False, 5.0)
+    lease, version = survivor.catalog.leases.renew(ALICE, "m", "latest", 1, False, False, False, 5.0)
     assert survivor.expire(29.0) == [] and survivor.catalog.grace_until
     survivor.expire(30.0)
     assert sorted(survivor.catalog.models.get("m").versions) == [1, 2]

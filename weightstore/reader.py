@@ -26,7 +26,7 @@ from types import MappingProxyType, TracebackType
 import msgspec
 
 from weightstore import wire
-from weightstore.connection import Connection
+from weightstore.connection import Connection, on_io_thread
 from weightstore.errors import (
     CircumstanceError,
     LeaseLost,
@@ -202,7 +202,7 @@ class Lease:
             return
         connection, number = held_by
         message = wire.ReleaseLease(id=0, lease=number)
-        if connection.on_io_thread():
+        if on_io_thread():
             connection.post(message, wire.Done)
             return
         try:
@@ -232,6 +232,8 @@ class Lease:
             raise UsageError(
                 f"a lease on a fixed version cannot be parked; lease {self.tag!r} with follow=True"
             )
+        with self._lock:
+            self._require_live()
         while True:
             try:
                 connection = self._link.connect()
@@ -320,7 +322,7 @@ class Lease:
 
     def _answer(self, connection: Connection, number: int, version: int) -> None:
         message = wire.TakeOffer(id=0, lease=number, version=version)
-        if connection.on_io_thread():
+        if on_io_thread():
             connection.post(message, wire.Done, on_failed=self.lose)
             return
         try:
@@ -376,6 +378,7 @@ class Lease:
                 version=self._version,
                 follow=self.follow,
                 parked=self._parked,
+                torn=self._torn,
             )
 
     def lose(self, error: WeightstoreError) -> None:

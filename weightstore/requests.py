@@ -183,6 +183,7 @@ class Requests:
             request.version,
             request.follow,
             request.parked,
+            request.torn,
             self._clock(),
         )
         # A new connection knows nothing of the offers to the last one: the loop's next turn repeats them,

@@ -120,13 +120,15 @@ class OpenLease(_Request, frozen=True, kw_only=True):
 
 
 class RenewLease(_Request, frozen=True, kw_only=True):
-    """After a reconnect: hold again what an earlier connection held."""
+    """After a reconnect: hold again what an earlier connection held. `torn` is what the holder
+    believes of it, so that the store can offer what makes that right."""
 
     model: str
     tag: str
     version: int
     follow: bool
     parked: bool
+    torn: bool = False
 
 
 class TakeOffer(_Request, frozen=True, kw_only=True):

@@ -91,11 +91,20 @@ class Leases:
         return lease
 
     def renew(
-        self, peer: Peer, model: str, tag: str, version: int, follow: bool, parked: bool, now: float
+        self,
+        peer: Peer,
+        model: str,
+        tag: str,
+        version: int,
+        follow: bool,
+        parked: bool,
+        torn: bool,
+        now: float,
     ) -> tuple[Lease, Version]:
         """Hold again what an earlier connection held. Raises LeaseLost if that version is gone.
 
-        A parked follower reads no bytes, so it gets what its tag names now.
+        A parked follower reads no bytes, so it gets what its tag names now. `torn` is what the holder
+        believes; if that is wrong, the next offer says so.
         """
         found = self._models.find(model)
         held = found.versions.get(version) if found is not None else None
@@ -108,7 +117,7 @@ class Leases:
                 version=version,
             )
         lease = self.grant(peer, tag, held, follow, now)
-        lease.parked = parked
+        lease.parked, lease.torn = parked, torn
         return lease, held
 
     def take(self, number: int, peer: Peer, version: int) -> None:
