@@ -186,12 +186,9 @@ class Store:
         request = wire.WaitFor(id=0, model=model, tag=tag, after=after, timeout=timeout)
         if timeout == 0:
             return self.link.connect().request(request, wire.VersionIs, timeout=PATIENCE).version
-        connection = self.link.separate()
-        try:
-            late = None if timeout is None else timeout + PATIENCE
+        late = None if timeout is None else timeout + PATIENCE
+        with self.link.separate() as connection:
             return connection.request(request, wire.VersionIs, timeout=late).version
-        finally:
-            connection.close()
 
     def tag(self, model: str, tag: str, version: int | str) -> int:
         """Make `tag` name `version`, a number or another tag's name; returns the number.
@@ -233,9 +230,10 @@ class Store:
 
     def close(self) -> None:
         """End every lease and open refit and hang up. Tensors taken earlier keep their pages mapped, but
-        the store may write new versions over them. Idempotent."""
-        self._leases.lose_all(LeaseLost("the store was closed by this process"))
-        self.link.close()
+        the store may write new versions over them. Idempotent; does nothing in a forked child."""
+        if not self.link.forked:
+            self._leases.lose_all(LeaseLost("the store was closed by this process"))
+            self.link.close()
 
     def __enter__(self) -> Store:
         return self

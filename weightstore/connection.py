@@ -48,6 +48,15 @@ _RECEIVE_BYTES: Final = 1 << 18
 _log = logging.getLogger("weightstore")
 
 
+class _IOThread(threading.Thread):
+    pass
+
+
+def on_io_thread() -> bool:
+    """Whether this is the thread of a connection, which must not wait for a store."""
+    return isinstance(threading.current_thread(), _IOThread)
+
+
 class _Call:
     """A request under way. `turn` is a lock released when the outcome is there (cheaper than an Event)."""
 
@@ -108,7 +117,7 @@ class Connection:
         self._closing = False
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         _alive.add(self)
-        self._thread = threading.Thread(target=self._run, name="weightstore-connection", daemon=True)
+        self._thread = _IOThread(target=self._run, name="weightstore-connection", daemon=True)
         self._thread.start()
 
     @classmethod
@@ -204,9 +213,6 @@ class Connection:
         with contextlib.suppress(StoreGone):
             self._send(message, _Call(expect, None, on_failed or _log_refusal, None, posted=True))
 
-    def on_io_thread(self) -> bool:
-        return threading.current_thread() is self._thread
-
     def close(self) -> None:
         """End the connection and join its thread; waiters get StoreGone. Idempotent."""
         self._closing = True
@@ -215,7 +221,7 @@ class Connection:
         with self._lock:
             if not self.lost:
                 self._wake()
-        if not self.on_io_thread():
+        if threading.current_thread() is not self._thread:
             self._thread.join()
 
     # -- sending -----------------------------------------------------------------------------------
@@ -228,7 +234,7 @@ class Connection:
         on_reply: Callable[[R], None] | None,
         undo: Callable[[R], None] | None,
     ) -> tuple[R, list[int]]:
-        if self.on_io_thread():
+        if on_io_thread():
             raise UsageError(
                 f"{type(message).__name__} would wait for itself: an offer callback must hand requests over "
                 "to another thread"

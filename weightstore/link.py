@@ -17,11 +17,12 @@ import random
 import secrets
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from weightstore import wire
-from weightstore.connection import Connection
+from weightstore.connection import Connection, on_io_thread
 from weightstore.errors import StoreGone, StoreTimeout, UsageError, WeightstoreError
 from weightstore.mapping import ArenaMapping
 
@@ -63,6 +64,7 @@ class Link:
         self._welcome: wire.Welcome | None = None
         self._reader: ArenaMapping | None = None
         self._writer: ArenaMapping | None = None
+        self._separate: set[Connection] = set()
         self._closed = threading.Event()
         self._pid = os.getpid()
         self._reviver: threading.Thread | None = None
@@ -72,6 +74,11 @@ class Link:
         """The live connection, if there is one."""
         connection = self._connection
         return None if connection is None or connection.lost else connection
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a fork of the process that opened the link, which closed its sockets."""
+        return os.getpid() != self._pid
 
     @property
     def mapping(self) -> ArenaMapping:
@@ -86,24 +93,20 @@ class Link:
         Raises:
             StoreGone: nobody answers.
             AccessDenied, ProtocolError, ArenaUnusable: who answers is no store for us.
-            UsageError: closed, or in a fork of the process that opened it.
+            UsageError: closed, in a fork of the process that opened it, or on a connection's thread.
         """
-        if os.getpid() != self._pid:
-            raise UsageError(
-                f"this store was opened by process {self._pid}, and this is a fork of it; call "
-                "weightstore.connect() in the child"
-            )
+        self._require_usable()
         if connection := self.connection:
             return connection
         with self._connecting:
             if connection := self.connection:
                 return connection
-            if self._closed.is_set():
-                raise UsageError("this store was closed; connect again with weightstore.connect()")
+            self._require_usable()
             return self._connect()
 
     def while_down(self, action: Callable[[], None]) -> bool:
         """Run `action` while no connection is live or being made; False, without running it, if one is."""
+        self._require_usable()
         with self._connecting:
             if self.connection is not None:
                 return False
@@ -118,22 +121,34 @@ class Link:
                 raise UsageError("this store was closed; connect again")
             known = self._writer
             if known is None or (known.uuid, known.nbytes) != (welcome.arena, welcome.nbytes):
+                if known is not None:
+                    known.close()
                 known = self._writer = ArenaMapping(fd, welcome.nbytes, True, welcome.arena)
             return known
         finally:
             os.close(fd)
 
-    def separate(self) -> Connection:
-        """A connection of its own for a request that may block long; the caller closes it."""
-        if os.getpid() != self._pid or self._closed.is_set():
-            self.connect()  # says what is wrong
+    @contextmanager
+    def separate(self) -> Iterator[Connection]:
+        """A connection of its own, for a request that may block long."""
+        self._require_usable()
         connection, _, fd = self._hello(lambda *_: None, lambda *_: None, "")
         os.close(fd)
-        return connection
+        self._separate.add(connection)
+        try:
+            self._require_usable()  # closed meanwhile: `close` may have missed this one
+            yield connection
+        finally:
+            self._separate.discard(connection)
+            connection.close()
 
     def close(self) -> None:
-        """Hang up, join the threads, let go of the arena. Idempotent."""
+        """Hang up, join the threads, let go of the arena. Idempotent; does nothing in a forked child."""
+        if self.forked:
+            return
         self._closed.set()
+        for separate in list(self._separate):
+            separate.close()
         reviver = self._reviver
         if reviver is not None and reviver is not threading.current_thread():
             reviver.join()
@@ -147,6 +162,19 @@ class Link:
         self._reader = self._writer = self._welcome = None
 
     # -- connecting --------------------------------------------------------------------------------
+
+    def _require_usable(self) -> None:
+        if self.forked:
+            raise UsageError(
+                f"this store was opened by process {self._pid}, and this is a fork of it; call "
+                "weightstore.connect() in the child"
+            )
+        if self._closed.is_set():
+            raise UsageError("this store was closed; connect again with weightstore.connect()")
+        if on_io_thread():  # whoever is connecting waits for this very thread
+            raise UsageError(
+                "an offer callback may call advance(); it must hand other requests to another thread"
+            )
 
     def _connect(self) -> Connection:
         connection, welcome, fd = self._hello(self._on_offer, self._lost, self.instance)

@@ -360,7 +360,8 @@ class Lease:
             if self._released:
                 return False
             if grant.version != self._version:
-                self._move(grant.version, False, grant.records)
+                # As torn as the renewal claimed: if that is wrong, the store's next offer says so.
+                self._move(grant.version, self._torn, grant.records)
             self._held_by = (connection, grant.lease)
             return True
 

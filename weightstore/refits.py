@@ -27,6 +27,7 @@ class Refits:
         self._lock = threading.Lock()
         self._open: set[Refit] = set()
         self._owed = False
+        self._greeted = False
 
     def open(self, request: wire.OpenRefit) -> Refit:
         """Begin or join a refit; see `Store.refit`."""
@@ -52,7 +53,9 @@ class Refits:
         """
         with self._lock:
             gone = [refit for refit in self._open if refit.lost]
-            self._owed = self._owed or bool(gone)
+            # Owed to a store that comes back even if no refit is known here: the answer to one's opening
+            # may have been lost with the connection.
+            self._owed, self._greeted = self._greeted, True
         for refit in gone:
             refit.drain()
         with self._lock:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from weightstore import wire
 from weightstore.connection import Connection
+from weightstore.cuda.uploads import drain_uploads
 from weightstore.errors import (
     ProtocolError,
     RefitAborted,
@@ -151,10 +152,13 @@ class Refit:
                 self._require_open()
                 expected = self._ledger.check_part(name, dtype_name(name, source.dtype), box)
                 self._find_places([TensorSpec(name, expected.dtype, expected.shape, expected.stride)])
-                self._ledger.enter_part(name, box)
                 landing.enter_context(self._landing([(name, box)]))
+                self._ledger.enter_part(name, box)
             place = place_of(self._mapping, self._ledger.places[name])
-            copy_all([(place[tuple(slice(a, b) for a, b in zip(box.lo, box.hi, strict=True))], source)])
+            copy_all(
+                [(place[tuple(slice(a, b) for a, b in zip(box.lo, box.hi, strict=True))], source)],
+                self._mapping,
+            )
 
     def view(self, name: str, spec: TensorSpec | torch.Tensor | None = None) -> torch.Tensor:
         """A writable tensor on the arena itself, to be filled before `commit` and not touched after it.
@@ -229,7 +233,12 @@ class Refit:
         with self._planning, self._idle:
             self._require_open()
             self._move(State.COMMITTING)
-        self.drain()
+        try:
+            self.drain()
+        except BaseException:
+            # Whether anything is still landing is unknown, so the store keeps the space until we hang up.
+            self._end(State.ABORTED, "its copies failed")
+            raise
         request = wire.CommitRefit(id=0, refit=self._number, writes=self._ledger.writes())
         try:
             committed = self._connection.request(request, wire.Committed)
@@ -336,9 +345,12 @@ class Refit:
                     problems.add("mismatched", name, f"tied to {other}, whose values differ from those given")
                 problems.raise_any()
                 self._find_places(source.spec() for source in sources if source.name not in places)
+                landing.enter_context(self._landing([(source.name, None) for source in sources]))
                 first = [source for source in sources if ledger.enter(source.name)]
-                landing.enter_context(self._landing([(source.name, None) for source in first]))
-            copy_all((place_of(self._mapping, places[source.name]), source.tensor) for source in first)
+            copy_all(
+                ((place_of(self._mapping, places[source.name]), source.tensor) for source in first),
+                self._mapping,
+            )
 
     def _find_places(self, specs: Iterable[TensorSpec]) -> None:
         """Have the store reserve what has no place yet, in one round trip."""
@@ -372,7 +384,7 @@ class Refit:
 
     @contextmanager
     def _landing(self, entered: list[tuple[str, Box | None]]) -> Iterator[None]:
-        """The copies of what was entered; if one fails, none of them counts as written.
+        """Entering and copying `entered`; if anything goes wrong, none of it counts as written.
 
         Never begun on a lost connection: whoever reconnects waits for the copies begun before, and
         then promises the store that there are none.
@@ -397,9 +409,10 @@ class Refit:
             self._viewed = True
 
     def drain(self) -> None:
-        """Wait until no copy into the arena is under way."""
+        """Wait until no copy into the arena is under way. DeviceError if one from a device failed."""
         with self._idle:
             self._idle.wait_for(lambda: not self._copying)
+        drain_uploads(self._mapping)
 
     # -- states ------------------------------------------------------------------------------------
 
@@ -418,8 +431,8 @@ class Refit:
         """Tell the store that nothing of this aborted refit is landing any more."""
         if self._left:
             return
-        self._left = True
         self.drain()
+        self._left = True
         self._ended(self)
         message = wire.AbortRefit(id=0, refit=self._number, reason=reason[:500])
         try:
