@@ -209,6 +209,7 @@ def test_serve_says_what_is_wrong_with_the_socket(tmp_path: Path) -> None:
     message = fails("serve", "--socket", tmp_path / "file", "--capacity", "64MiB")
     assert "not a socket" in message
     assert (tmp_path / "file").read_text() == "not a socket"
+    assert not Path("/dev/shm", paths.arena_name(str(tmp_path / "file"))).exists()
 
 
 def test_serve_needs_no_numerics() -> None:
