@@ -16,6 +16,7 @@ from weightstore.admission import Admission
 from weightstore.arena import Arena
 from weightstore.cuda import doctor as cuda_doctor
 from weightstore.doctor import Finding, Host, arenas, kernel, memory
+from weightstore.errors import DeviceError
 from weightstore.layout import MIB, Header, pack_header
 
 GIB = 1 << 30
@@ -288,11 +289,15 @@ def test_torchs_build_is_read_without_importing_it(tmp_path: Path, line: str, bu
     assert cuda_doctor.torch_cuda(None) is None
 
 
-@pytest.mark.gpu
-def test_gpu_findings_on_a_real_device() -> None:
-    findings = cuda_doctor.check_cuda(Host())
-    assert [finding.name for finding in findings[:3]] == ["cuda driver", "torch", "cuda-bindings"]
-    assert findings[3].name == "gpu 0" and findings[3].status == "ok" and "GiB" in findings[3].seen
+def test_a_device_that_fails_while_it_is_asked_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str, *arguments: object) -> int:
+        raise DeviceError(f"{name} failed: CUDA_ERROR_UNKNOWN")
+
+    monkeypatch.setattr(cuda_doctor, "driver_version", lambda: 13000)
+    monkeypatch.setattr(cuda_doctor, "bindings_version", lambda: "13.0.1")
+    monkeypatch.setattr(cuda_doctor.driver, "available", lambda: (True, ""))
+    monkeypatch.setattr(cuda_doctor.driver, "call", fail)
+    assert cuda_doctor.check_cuda(Host())[-1].status == "fail"
 
 
 # -- all of it ------------------------------------------------------------------------------------

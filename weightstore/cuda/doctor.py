@@ -122,7 +122,10 @@ def _devices() -> list[Finding]:
             "nvidia-smi shows whether the driver sees it; in containers, --gpus all and CUDA_VISIBLE_DEVICES."
         )
         return [Finding("gpu", "fail", reason, advice)]
-    return [_device(ordinal) for ordinal in range(driver.call("cuDeviceGetCount"))]
+    try:
+        return [_device(ordinal) for ordinal in range(driver.call("cuDeviceGetCount"))]
+    except DeviceError as error:
+        return [Finding("gpu", "fail", error.message, "nvidia-smi may say more; a lost GPU needs a reset.")]
 
 
 def _device(ordinal: int) -> Finding:
