@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from weightstore.checkpoint.prefault import prefault
 from weightstore.errors import CheckpointError, StorageError
-from weightstore.types import ITEMSIZE, TensorRecord
+from weightstore.types import ALIGN, ITEMSIZE, TensorRecord
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,6 +88,10 @@ def cut(placed: Iterable[tuple[int, int, int]], piece_bytes: int = PIECE_BYTES) 
 
 def move_piece(move: Mover, fd: int, piece: Piece, arena: memoryview, file: str) -> None:
     """Move one piece; short reads and writes are continued. CheckpointError if the file ends early."""
+    # In ascending order the ranges are neighbours, with nothing between them but alignment.
+    first, last = piece.ranges[0][0], sum(piece.ranges[-1])
+    if 0 < last - first <= piece.nbytes + len(piece.ranges) * ALIGN:
+        prefault(arena[first:last])
     move_ranges(move, fd, piece.offset, [arena[at : at + n] for at, n in piece.ranges], file)
 
 
