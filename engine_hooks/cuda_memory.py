@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from engine_hooks.cuda_image import CudaImage
 from weightstore.cuda import driver
+
+_cuda: Any = torch.cuda  # partly untyped, and which parts depends on torch's version
 
 
 @dataclass(frozen=True)
@@ -41,16 +44,17 @@ def device_memory(ordinal: int, images: Sequence[CudaImage] = ()) -> DeviceMemor
     free, total = driver.device(ordinal).memory()
     allocated = torch.cuda.memory_allocated(ordinal)
     reserved = torch.cuda.memory_reserved(ordinal)
-    pools = sum(
+    segments: list[dict[str, Any]] = _cuda.memory_snapshot()
+    pools = [
         int(segment["total_size"])
-        for segment in torch.cuda.memory_snapshot()
+        for segment in segments
         if segment["device"] == ordinal and tuple(segment["segment_pool_id"]) != (0, 0)
-    )
+    ]
     return DeviceMemory(
         total=total,
         in_use=total - free,
         images=sum(image.mapped_bytes for image in images),
         torch_allocated=allocated,
         torch_cached=reserved - allocated,
-        torch_graph_pools=pools,
+        torch_graph_pools=sum(pools),
     )

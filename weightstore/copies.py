@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import torch
 
+from weightstore.cuda.uploads import uploads_into
 from weightstore.errors import CoverageError
 from weightstore.ledger import Ledger
 from weightstore.mapping import ArenaMapping
@@ -108,12 +109,20 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and same_bits(a, b)
 
 
-def copy_all(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Copy each source into its place: pairs of (place in the arena, source), equal in shape and dtype.
+def copy_all(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], mapping: ArenaMapping) -> None:
+    """Copy each source into its place: pairs of (place in `mapping`, source), equal in shape and dtype.
 
     Element by element, so either may have any stride; torch spreads large ones over its threads and
-    copies dense equal layouts at memory speed. Returns when the bytes have landed.
+    copies dense equal layouts at memory speed. Returns when the bytes of CPU tensors have landed; those of
+    CUDA tensors are on their way until `weightstore.cuda.uploads.drain_uploads` returns, and the sources
+    may be overwritten by work submitted later to the current stream.
     """
     with torch.no_grad():
+        on_device = []
         for place, source in pairs:
-            place.copy_(source)
+            if source.device.type == "cuda":
+                on_device.append((place, source))
+            else:
+                place.copy_(source)
+        if on_device:
+            uploads_into(mapping).put_all(on_device)

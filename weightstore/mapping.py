@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,7 @@ class ArenaMapping:
         self.writable = writable
         with contextlib.suppress(OSError):  # acts where the file system has huge=advise, EINVAL elsewhere
             self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._before_close: list[Callable[[], None]] = []
         self._start: int | None = None
         self._typed: dict[str, torch.Tensor] = {}
 
@@ -144,8 +146,15 @@ class ArenaMapping:
             self._typed[dtype] = found
         return found
 
+    def before_close(self, action: Callable[[], None]) -> None:
+        """Have `action` called before the segment is let go, for who pinned its pages with a device."""
+        self._before_close.append(action)
+
     def close(self) -> None:
         """Let go of the segment; pages that a tensor, array or view shows stay with it. Idempotent."""
+        actions, self._before_close = self._before_close, []
+        for action in actions:
+            action()
         self._map = None
         self._typed = {}
 

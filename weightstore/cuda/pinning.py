@@ -122,8 +122,8 @@ class PinnedArena:
         for offset, nbytes in ranges:
             if not DATA_OFFSET <= offset <= offset + nbytes <= end:
                 raise DeviceError(
-                    f"bytes {offset} to {offset + nbytes} of arena {self._mapping.uuid} were to be copied, but "
-                    f"its committed data are bytes {DATA_OFFSET} to {end}"
+                    f"bytes {offset} to {offset + nbytes} of arena {self._mapping.uuid} were to be copied, "
+                    f"but its committed data are bytes {DATA_OFFSET} to {end}"
                 )
 
     def is_pinned(self, offset: int, nbytes: int) -> bool:

@@ -9,7 +9,7 @@ Streams and lifetimes:
   called, so whatever produced the tensor there has finished when it is read;
 - a source is kept alive until the event after its last copy has passed; sources whose copies are done are let
   go at every `put`, and `put` waits once `PENDING` bytes are on their way, so that temporaries (an
-  all-gathered tensor) do not pile up. A caller that overwrites a source in place must `drain` first;
+  all-gathered tensor) do not pile up. A caller that overwrites a source in place must `fence` first;
 - a scratch slot is gathered into only after the copy that read it last, and copied only after its gather.
 
 Nothing lands after `drain` (or `close`) returned: a commit calls it first.
@@ -133,7 +133,7 @@ class Uploader:
         """Enqueue `target.copy_(source)`: source on this device, target a view of the mapping, equal shapes.
 
         The source is read after the work now on the caller's current stream, and kept alive until then. It
-        must not be overwritten before `drain`.
+        must not be overwritten before `fence` or `drain`.
 
         Raises:
             DeviceError: the target is not in the mapping, or the driver refused.
@@ -155,6 +155,13 @@ class Uploader:
             self._gathered(source, target)
         self._keep(source, nbytes)
         self.nbytes += nbytes
+
+    def fence(self) -> None:
+        """Have later work on the caller's current stream wait for everything put so far, so that sources may
+        be overwritten there."""
+        fence = _cuda.Event()
+        fence.record(self._copy)  # which has waited for every gather
+        torch.cuda.current_stream(self.device).wait_event(fence)
 
     def drain(self) -> None:
         """Wait until everything put so far has landed, and let go of the sources.
