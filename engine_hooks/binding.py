@@ -86,8 +86,7 @@ class Binding:
         """Raise autograd's version of every tensor in these slots, so that caches keyed on it see it."""
         for slot in slots:
             for tensor in self._by_slot.get(slot, ()):
-                if not tensor.is_inference():
-                    torch.autograd.graph.increment_version(tensor)
+                torch.autograd.graph.increment_version(tensor)
 
     def leave(self, keep_weights: bool, state: torch.Tensor) -> None:
         """Move every tensor out of the image: engine state to private copies (its bytes are given as
@@ -133,10 +132,10 @@ def _view(slot: torch.Tensor, member: Member) -> torch.Tensor:
 def _rebind(tensor: torch.Tensor, view: torch.Tensor) -> Callable[[], None]:
     """Make `tensor` the same object over other memory; returns how to take it back.
 
-    torch refuses `.data` across device types that differ as meta and real ones do; then the two
-    tensors' innards are swapped instead.
+    torch refuses `.data` between meta and real devices, and leaves an inference tensor without a version
+    to raise; then the innards of two tensors are swapped instead.
     """
-    if tensor.device.type != "meta":
+    if tensor.device.type != "meta" and not tensor.is_inference():
         before = tensor.data
         tensor.data = view
 

@@ -70,7 +70,8 @@ class Group:
 
 
 def group_by_memory(found: Iterable[Found]) -> list[Group]:
-    """Groups in the order of their first tensor's place in memory, space by space."""
+    """Groups in the order in which their first tensors were found."""
+    found = list(found)
     spaces: dict[tuple[str, int], list[tuple[int, int, Found]]] = {}
     groups: list[Group] = []
     for item in found:
@@ -96,4 +97,5 @@ def group_by_memory(found: Iterable[Found]) -> list[Group]:
             groups[-1].starts.append(address - start)
             end = max(end, address + nbytes)
             groups[-1].nbytes = end - start
-    return groups
+    order = {id(item): index for index, item in enumerate(found)}
+    return sorted(groups, key=lambda group: min(order[id(item)] for item in group.members))

@@ -28,6 +28,9 @@ _PAGE: Final = mmap.PAGESIZE
 _PIECE: Final = 16 << 20
 """Bytes one task copies: long enough to hide the hand-over, short enough to spread over threads."""
 
+_FLAGS: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
+"""With MAP_NORESERVE (Python names it from 3.11 on): reserving addresses promises no memory."""
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _memcmp = _libc.memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -40,7 +43,7 @@ class HostImage:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = align_up(max(nbytes, 1), _PAGE)
         try:
-            self._memory = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._memory = mmap.mmap(-1, self.nbytes, flags=_FLAGS)
         except (OSError, ValueError, OverflowError) as error:
             raise DeviceError(f"cannot reserve {self.nbytes} bytes of address space: {error}") from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
