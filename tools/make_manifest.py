@@ -97,7 +97,8 @@ def build(cls: Any, config: Mapping[str, Any], dtype: torch.dtype) -> torch.nn.M
             _cast(model, keep, dtype, torch.float32)
         else:
             torch.nn.Module.to(model, dtype)  # ModelMixin.to would warn of an empty list
-    return model.eval()
+    built: torch.nn.Module = model.eval()
+    return built
 
 
 @contextmanager
