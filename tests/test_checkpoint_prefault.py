@@ -26,7 +26,7 @@ def resident(address: int) -> int:
 
 
 @pytest.mark.parametrize("writable", [True, False])
-def test_the_pages_of_the_view_are_mapped_and_as_they_were(tmp_path: Path, writable: bool) -> None:
+def test_the_pages_of_a_writable_view_are_mapped_and_as_they_were(tmp_path: Path, writable: bool) -> None:
     path = Path("/dev/shm") / f"prefault-{tmp_path.name}"
     content = bytes(range(256)) * (64 * PAGE // 256)
     path.write_bytes(content)
@@ -41,8 +41,7 @@ def test_the_pages_of_the_view_are_mapped_and_as_they_were(tmp_path: Path, writa
     address = np.frombuffer(view, np.uint8).ctypes.data
     assert resident(address) == 0
     prefault(view[10 * PAGE + 100 : 30 * PAGE + 1])
-    mapped = resident(address)
-    assert mapped == 21 * PAGE if writable else 21 * PAGE <= mapped
+    assert resident(address) == (21 * PAGE if writable else 0)
     assert bytes(view) == content
 
 
