@@ -27,7 +27,7 @@ from weightstore.errors import DependencyMissing, WeightstoreError
 )
 @click.option(
     "--rounds",
-    default="40,60,100,200",
+    default="40,60,80,140",
     metavar="N,N,…",
     help="Training steps of each round, one refit per round.",
 )

@@ -24,7 +24,7 @@ from engine_hooks.demo.timeline import Timeline, duration, summary
 from weightstore.errors import DeviceError, EngineAsleep, WeightstoreError
 from weightstore.sizes import format_size
 
-ROUNDS = (40, 60, 100, 200)
+ROUNDS = (40, 60, 80, 140)
 """Training steps of each round: early ones are short, because most of the progress happens there."""
 
 FULL = 256 << 20
@@ -68,7 +68,7 @@ def run(settings: Settings, timeline: Timeline) -> Result:
         store = stack.enter_context(weightstore.local_store(capacity, window=WINDOW))
         status = store.status()
         timeline.say(
-            "store", f"process {status.pid} serves an arena of up to {format_size(capacity)} in shared memory"
+            "store", f"process {status.pid} serves arena {status.arena.name}, up to {format_size(capacity)}"
         )
         if text_size == "small":
             timeline.say("store", f"/dev/shm has only {format_size(room)} free: using a smaller text encoder")
@@ -79,16 +79,18 @@ def run(settings: Settings, timeline: Timeline) -> Result:
             "text_size": text_size,
             "total_steps": sum(settings.rounds),
         }
-        # Both start at once: importing torch and diffusers is the longest part of it.
+        # Both start at once: importing torch and diffusers takes a while.
+        started = timeline.now
         trainer = stack.enter_context(Role("trainer", "engine_hooks.demo.trainer", config))
         engine = stack.enter_context(Role("engine", "engine_hooks.demo.engine", config))
         sampler = stack.enter_context(_sampling(timeline, trainer, engine, status.arena.name))
         play = _Play(settings, timeline, store, trainer, engine, Judge())
-        play.start()
+        play.start(started)
         if play.device.startswith("cuda"):
             _watch_gpu(sampler, timeline)
         grids, freed = play.rounds()
         equal = play.compare()
+        play.account()
         sampler.close()
     pictures = [settings.out / "digits.png", settings.out / "memory.png"]
     paint_grids(pictures[0], grids)
@@ -121,10 +123,10 @@ class _Play:
         self._rows: list[tuple[str, ...]] = []
         self.device = "cpu"
 
-    def start(self) -> None:
+    def start(self, started: float) -> None:
         say, span = self._timeline.say, self._timeline.span
         say("judge", f"reads {self._judge.skill:.1%} of the real digits it never saw correctly")
-        with span("trainer", "starts"):
+        with span("trainer", "starts", since=started), span("engine", "starts", since=started):
             told = self._trainer.ask("publish")
         self.device = told["device"]
         say(
@@ -132,7 +134,11 @@ class _Play:
             f"on {self.device}: UNet2DConditionModel, {told['unet_parameters'] / 1e6:.1f} M parameters, to "
             f"train; T5 text encoder, {told['text_parameters'] / 1e6:.1f} M, frozen",
         )
-        say("trainer", f"published [bold]version {told['version']}[/], untrained: {_moved(told)}")
+        say(
+            "trainer",
+            f"published [bold]version {told['version']}[/], untrained: {told['tensors']} tensors, "
+            f"{format_size(told['bytes'])} in {duration(told['seconds'])}",
+        )
         with span("engine", "attaches"):
             told = self._engine.ask("attach")
         say(
@@ -149,7 +155,7 @@ class _Play:
         for steps in self._settings.rounds:
             slept = self._sleep()
             freed.append(slept["freed"])
-            with self._timeline.span("engine", "asleep") as nap:
+            with self._timeline.span("engine", "asleep", f"{format_size(slept['freed'])}\nfreed") as nap:
                 if len(freed) == 1:
                     self._disturb()
                 refitted = self._train(steps)
@@ -159,10 +165,10 @@ class _Play:
                 (
                     str(woken["version"]),
                     str(grids[-1].steps),
-                    f"{format_size(refitted['bytes'])} in {duration(refitted['seconds'])}",
-                    f"{format_size(slept['freed'])} in {duration(slept['seconds'])}",
+                    f"{format_size(refitted['bytes'])}, {duration(refitted['seconds'])}",
+                    f"{format_size(slept['freed'])}, {duration(slept['seconds'])}",
                     duration(nap.seconds),
-                    f"{format_size(woken['copied'])} in {duration(woken['seconds'])}",
+                    f"{format_size(woken['copied'])}, {duration(woken['seconds'])}",
                     f"{grids[-1].share_read:.0%}",
                 )
             )
@@ -187,8 +193,18 @@ class _Play:
         )
         return len(held)
 
+    def account(self) -> None:
+        """Say what the arena holds after all refits."""
+        status = self._store.status()
+        (versions,) = (model.versions for model in status.models)
+        self._timeline.say(
+            "store",
+            f"{format_size(status.arena.committed)} of shared memory for {versions[-1].number} versions of "
+            f"{format_size(versions[-1].nbytes)}: the frozen text encoder is there once",
+        )
+
     def summarise(self, grids: list[Grid], pictures: list[Path]) -> None:
-        header = ("version", "steps", "refit", "sleep freed", "slept", "wake copied", "digits read")
+        header = ("version", "steps", "refit", "freed by sleep", "slept", "copied by wake", "read")
         console = self._timeline.console
         console.print()
         console.print(summary(self._rows, header))
@@ -201,7 +217,7 @@ class _Play:
         )
 
     def _draw(self, version: int, steps: int) -> Grid:
-        with self._timeline.span("engine", "draws"):
+        with self._timeline.span("engine", "draws", f"v{version}"):
             told = self._engine.ask("draw", per_digit=self._settings.per_digit)
         images = _pixels(told["pixels"])
         grid = Grid(version, steps, images, self._judge.share_read(images, self._asked))
@@ -237,7 +253,11 @@ class _Play:
         )
         with timeline.span("trainer", "refits"):
             refitted = self._trainer.ask("refit")
-        timeline.say("trainer", f"refitted to [bold]version {refitted['version']}[/]: {_moved(refitted)}")
+        timeline.say(
+            "trainer",
+            f"refitted to [bold]version {refitted['version']}[/]: {refitted['tensors']} tensors, "
+            f"{format_size(refitted['bytes'])} in {duration(refitted['seconds'])}",
+        )
         return refitted
 
     def _wake(self, after: int) -> dict[str, Any]:
@@ -250,13 +270,6 @@ class _Play:
             f"{format_size(told['copied'])} copied at {_rate(told['copied'], told['seconds'])}",
         )
         return told
-
-
-def _moved(told: dict[str, Any]) -> str:
-    return (
-        f"{told['tensors']} tensors, {format_size(told['bytes'])} in {duration(told['seconds'])} "
-        f"({_rate(told['bytes'], told['seconds'])})"
-    )
 
 
 def _rate(nbytes: int, seconds: float) -> str:

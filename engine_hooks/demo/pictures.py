@@ -73,16 +73,29 @@ def paint_memory(
 
     figure = Figure(figsize=(11, 5.2), dpi=140)
     upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (4, 1), "hspace": 0.08})
-    for nap in (s for s in spans if s.what == "asleep"):
-        upper.axvspan(nap.start, nap.end, color=SPAN_INK["asleep"], alpha=0.6, lw=0)
     end = max(times, default=1.0)
+    for span in spans:
+        if span.what == "asleep":
+            upper.axvspan(span.start, span.end, color=SPAN_INK["asleep"], alpha=0.6, lw=0)
+        if span.what in ("asleep", "draws") and span.seconds > end / 80:
+            middle = (span.start + span.end) / 2
+            upper.text(
+                middle,
+                0.985,
+                span.note,
+                transform=upper.get_xaxis_transform(),
+                ha="center",
+                va="top",
+                fontsize=8,
+            )
     for label, values in series.items():
         colour = INK[label.split()[0].rstrip(",")]
         held = np.where(np.asarray(values) > 0, np.asarray(values) / 2**20, np.nan)
         upper.plot(times, held, color=colour, lw=1.8, label=label)
+    upper.set_title("The engine gives its memory back while the trainer works", fontsize=11, pad=28)
     upper.set_ylabel(f"{where}, MiB")
-    upper.set_ylim(bottom=0)
-    upper.margins(x=0)
+    upper.set_ylim(0, upper.get_ylim()[1] * 1.1)  # room for the notes
+    upper.set_xlim(0, end)
     upper.grid(axis="y", color="#e9ecef", lw=0.8)
     upper.set_axisbelow(True)
     handles, labels = upper.get_legend_handles_labels()
@@ -91,7 +104,7 @@ def paint_memory(
         handles,
         [*labels, "engine asleep"],
         loc="upper center",
-        bbox_to_anchor=(0.5, 1.13),
+        bbox_to_anchor=(0.5, 1.11),
         ncols=5,
         frameon=False,
     )
