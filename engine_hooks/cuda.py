@@ -2,8 +2,9 @@
 
 Ordering, and who may do what meanwhile:
 - `wake` is a pipeline of one thread: map a piece, enqueue its copies on a stream of our own, go on to the
-  next piece while the copies run. Mapping never waits for copies. It returns when the last copy has
-  landed, so any kernel launched later, on any stream, sees the bytes.
+  next piece while the copies run. Mapping never waits for copies. At its start a kernel copies beside
+  the engine (`cuda_assist` says why). It returns when the last copy has landed, so any kernel launched
+  later, on any stream, sees the bytes.
 - `update` first waits for the whole device, so work submitted so far has read its last old byte, on
   whatever stream. The copies then go to the legacy default stream, so work submitted meanwhile to it or to
   a stream that synchronises with it runs after them; and the call returns when they have landed. What
@@ -26,6 +27,7 @@ from typing import Final, NamedTuple, cast
 import torch
 
 from engine_hooks.backend import Image, Run
+from engine_hooks.cuda_assist import VECTOR, assist
 from engine_hooks.cuda_compare import differing_runs
 from engine_hooks.cuda_image import CudaImage, granularity
 from weightstore.cuda import driver
@@ -35,8 +37,13 @@ from weightstore.errors import DeviceError, DeviceMemoryError, UsageError
 from weightstore.mapping import ArenaMapping
 from weightstore.sizes import format_size
 
-PIECE: Final = 512 << 20
-"""Bytes mapped at once: 256 MiB to 2 GiB wake equally fast; 64 MiB pieces cost."""
+PIECE: Final = 2 << 30
+"""Bytes mapped at once: 256 MiB to 2 GiB wake equally fast, and large pieces are unmapped faster."""
+ASSIST_BYTES: Final = 4 << 30
+"""Bytes at the start of a wake that engine and kernel copy side by side: about what the driver scrubs
+meanwhile, if the memory was freed just before."""
+ASSIST_BLOCKS: Final = 16
+"""Blocks of the copy kernel: enough for half of the link."""
 
 
 class Transfer(NamedTuple):
@@ -61,7 +68,14 @@ class CudaBackend:
         transfer: what the last wake or update moved.
     """
 
-    def __init__(self, device: torch.device | int = 0, *, piece: int = PIECE) -> None:
+    def __init__(
+        self,
+        device: torch.device | int = 0,
+        *,
+        piece: int = PIECE,
+        assist_bytes: int = ASSIST_BYTES,
+        assist_blocks: int = ASSIST_BLOCKS,
+    ) -> None:
         """Raises DeviceError if the GPU cannot be used, DependencyMissing without cuda-bindings."""
         index = device if isinstance(device, int) else cast("int | None", device.index)
         ordinal = torch.cuda.current_device() if index is None else index
@@ -70,6 +84,9 @@ class CudaBackend:
             raise DeviceError(f"{self._device.name} has no virtual memory management; use device='cpu'")
         self._piece = max(piece // granularity(self._device), 1) * granularity(self._device)
         self._stream = driver.Stream(self._device)
+        self._beside = driver.Stream(self._device)
+        self._assist = assist(self._device)
+        self._assist_bytes, self._assist_blocks = assist_bytes, assist_blocks
         self._images: list[CudaImage] = []
         self._source: _Source | None = None
         self._closed = False
@@ -95,9 +112,11 @@ class CudaBackend:
             self._device.synchronize()  # kernels may still read the images that stayed mapped
         try:
             with self._device.current():
+                unassisted = self._assist_bytes if self._assist.ready else 0
                 for image, runs in todo:
-                    self._fill(image, runs, copier)
+                    unassisted = self._fill(image, runs, copier, unassisted)
                 self._stream.synchronize()
+                self._beside.synchronize()
         except BaseException as error:
             self._roll_back(asleep, error)
             raise
@@ -124,6 +143,8 @@ class CudaBackend:
         self._device.synchronize()
         for image in mapped:
             image.unmap()
+        if self._assist_bytes:
+            self._assist.load()
 
     def differing(self, image: Image, runs: Sequence[Run], source: ArenaMapping) -> list[Run]:
         self._check_open()
@@ -155,21 +176,50 @@ class CudaBackend:
         self._images.clear()
         self._forget_source()
         self._stream.close()
+        self._beside.close()
 
     # -- internals -----------------------------------------------------------------------------------
 
-    def _fill(self, image: CudaImage, runs: Sequence[Run], copier: Copier) -> None:
-        """Map what is unmapped and enqueue the copies, piece by piece. `runs` are sorted by target."""
+    def _fill(self, image: CudaImage, runs: Sequence[Run], copier: Copier, beside: int) -> int:
+        """Map what is unmapped and enqueue the copies, piece by piece. `runs` are sorted by target.
+
+        Up to `beside` bytes are copied by the kernel beside the engine; returns how many of those are left.
+        """
         if image.mapped:
             copier.to_device(list(_jobs(image, runs)), self._stream)
-            return
+            return beside
         targets = [run.target for run in runs]
-        while not image.mapped:
+        while image.mapped_bytes < image.nbytes:
             start, end = image.map_next(self._piece)
             # The run before the first that starts here may reach into this piece.
             first = max(bisect.bisect_left(targets, start) - 1, 0)
             last = bisect.bisect_left(targets, end)
-            copier.to_device(list(_jobs(image, _clip(runs[first:last], start, end))), self._stream)
+            jobs = list(_jobs(image, _clip(runs[first:last], start, end)))
+            if beside > 0:
+                jobs, taken = self._share(jobs, copier)
+                beside -= taken
+            copier.to_device(jobs, self._stream)
+        return beside
+
+    def _share(self, jobs: Sequence[Job], copier: Copier) -> tuple[list[Job], int]:
+        """Give the kernel half of each copy, where it can; what is left for the engine, and bytes shared."""
+        rest: list[Job] = []
+        shared = 0
+        for address, offset, nbytes in copier.split(jobs):
+            half = nbytes // 2 // VECTOR * VECTOR
+            if (
+                address % VECTOR
+                or offset % VECTOR
+                or not half
+                or not copier.prepare([(address, offset, half)])
+            ):
+                rest.append((address, offset, nbytes))
+                continue
+            source = copier.host_address(offset)
+            self._assist.copy(address, source, half, self._beside.handle, self._assist_blocks)
+            rest.append((address + half, offset + half, nbytes - half))
+            shared += nbytes
+        return rest, shared
 
     def _roll_back(self, images: Sequence[CudaImage], error: BaseException) -> None:
         try:

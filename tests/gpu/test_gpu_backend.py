@@ -12,6 +12,7 @@ from gpu_segment import MIB, WINDOW, Segment
 
 from engine_hooks.backend import Run
 from engine_hooks.cuda import CudaBackend
+from engine_hooks.cuda_assist import assist
 from engine_hooks.cuda_compare import CHUNK
 from engine_hooks.cuda_memory import device_memory
 from weightstore.cuda import driver
@@ -55,6 +56,21 @@ def test_wake_fills_every_run_and_keeps_the_address(segment: Segment, backend: C
         backend.unmap([image])
         assert not image.mapped
         backend.unmap([image])
+
+
+def test_the_kernel_beside_the_engine_copies_the_same(segment: Segment, device: driver.Device) -> None:
+    assist(device).load(wait=True)
+    assert assist(device).ready
+    backend = CudaBackend(0, piece=8 * MIB, assist_bytes=40 * MIB)
+    # Besides runs that the kernel may share: unaligned ones, and some too short for it.
+    aligned = [Run(DATA_OFFSET + 4096, 0, 50 * MIB), Run(DATA_OFFSET + 48, 60 * MIB, 33 * MIB + 7)]
+    for runs in (RUNS, aligned, [Run(DATA_OFFSET, 0, 15), Run(DATA_OFFSET, 256, 33)]):
+        image = backend.reserve(100 * MIB)
+        backend.wake([(image, runs)], segment.reader)
+        found = image.tensor().cpu()
+        assert torch.equal(found, expected(segment, runs, found))
+        backend.unmap([image])
+    backend.close()
 
 
 def test_sleep_gives_the_memory_back(segment: Segment, backend: CudaBackend, device: driver.Device) -> None:
