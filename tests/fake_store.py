@@ -15,7 +15,9 @@ from uuid import UUID, uuid4
 import posix_ipc
 
 from weightstore import wire
+from weightstore.errors import StoreGone
 from weightstore.layout import DATA_OFFSET, Header, pack_header
+from weightstore.link import Link
 from weightstore.types import TensorRecord, contiguous_stride, nbytes_of
 
 MIB = 1 << 20
@@ -49,7 +51,9 @@ class FakeArena:
         os.close(self.fd)
 
 
-def record(name: str, offset: int, shape: Sequence[int] = (4,), dtype: str = "float32", **more: Any) -> TensorRecord:
+def record(
+    name: str, offset: int, shape: Sequence[int] = (4,), dtype: str = "float32", **more: Any
+) -> TensorRecord:
     """A contiguous record `offset` bytes into the data area."""
     shape = tuple(shape)
     nbytes = nbytes_of(dtype, shape)
@@ -110,6 +114,20 @@ class FakeStore:
     def push(self, message: wire.Message | bytes, fds: list[int] | None = None) -> None:
         """Send to the latest connection, and close `fds`."""
         self._send(self._peers[-1], message, fds or [])
+
+    def lose(self, link: Link, stop: bool = False) -> None:
+        """End every connection (and stop listening), and return when `link`'s has noticed."""
+        connection = link.connection
+        assert connection is not None
+        if stop:
+            self.stop()
+        else:
+            self.drop()
+        try:
+            connection.request(wire.Drained(id=0), wire.Done)
+        except StoreGone:
+            return
+        raise AssertionError("the connection goes on")
 
     def drop(self) -> None:
         """End every connection."""

@@ -149,7 +149,8 @@ class Link:
         self._closed.set()
         for separate in list(self._separate):
             separate.close()
-        reviver = self._reviver
+        with self._lock:
+            reviver = self._reviver
         if reviver is not None and reviver is not threading.current_thread():
             reviver.join()
         with self._connecting:

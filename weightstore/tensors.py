@@ -132,6 +132,8 @@ def spec_of(name: str, tensor: torch.Tensor, alias_of: str | None = None) -> Ten
 def tensor_of(mapping: ArenaMapping, record: TensorRecord) -> torch.Tensor:
     """The tensor that `record` names in `mapping`, with a storage of its own that keeps the pages alive."""
     _require_raw(record)
+    if not record.nbytes:
+        return torch.empty_strided(record.shape, record.stride, dtype=DTYPES[record.dtype])
     flat = torch.from_numpy(mapping.array(record.offset, record.nbytes))
     return flat.view(DTYPES[record.dtype]).as_strided(record.shape, record.stride)
 
