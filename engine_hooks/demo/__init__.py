@@ -13,3 +13,11 @@ the engine draws, sleeps while the trainer trains, wakes on the refitted weights
 
 Everything printed or painted is measured in the run itself.
 """
+
+from __future__ import annotations
+
+from typing import Final
+
+MODEL: Final = "digits"
+"""The demo's model in the store, and `TAG` the tag that the engine follows."""
+TAG: Final = "policy"

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from engine_hooks.demo.timeline import Timeline
 from weightstore.errors import DependencyMissing, WeightstoreError
 
 
@@ -18,6 +19,13 @@ from weightstore.errors import DependencyMissing, WeightstoreError
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("demo"),
     help="Folder for the pictures.",
+)
+@click.option(
+    "--socket",
+    type=click.Path(),
+    default=None,
+    metavar="PATH",
+    help="Use the store there, and leave the model `digits` in it.  [default: a private store]",
 )
 @click.option(
     "--device",
@@ -35,7 +43,7 @@ from weightstore.errors import DependencyMissing, WeightstoreError
     "--per-digit", type=click.IntRange(1, 100), default=10, help="Images drawn of each digit after each wake."
 )
 @click.option("--seed", type=int, default=7, help="Seed of the weights, the batches and the drawing noise.")
-def main(out: Path, device: str, rounds: str, per_digit: int, seed: int) -> None:
+def main(out: Path, socket: str | None, device: str, rounds: str, per_digit: int, seed: int) -> None:
     """A diffusion model learns to draw digits while its engine sleeps and wakes.
 
     Starts a store, a trainer and an engine, prints what they do and writes digits.png and memory.png.
@@ -51,19 +59,14 @@ def main(out: Path, device: str, rounds: str, per_digit: int, seed: int) -> None
     if not steps or min(steps) < 1:
         raise click.BadParameter("every round needs at least one step", param_hint="--rounds")
     try:
-        _play(out, device, steps, per_digit, seed)
-    except WeightstoreError as error:
+        _require("diffusers", "transformers", "sklearn", "matplotlib")
+        from engine_hooks.demo.loop import Settings, run
+
+        settings = Settings(out, socket, device, steps, per_digit, seed)
+        run(settings, Timeline(Console(highlight=False)))
+    except (WeightstoreError, OSError) as error:
         print(f"weightstore demo: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-
-
-def _play(out: Path, device: str, rounds: tuple[int, ...], per_digit: int, seed: int) -> None:
-    _require("diffusers", "transformers", "sklearn", "matplotlib")
-    from engine_hooks.demo.loop import Settings, run
-    from engine_hooks.demo.timeline import Timeline
-
-    timeline = Timeline(Console(highlight=False))
-    run(Settings(out, device, rounds, per_digit, seed), timeline)
 
 
 def _require(*packages: str) -> None:

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import weightstore
-from engine_hooks.demo import model
+from engine_hooks.demo import MODEL, TAG, model
 from engine_hooks.demo.role import Emit, Handler, serve
 from engine_hooks.hook import EngineHook
 
@@ -36,9 +36,7 @@ class Engine:
         return self._hook
 
     def attach(self, emit: Emit) -> dict[str, Any]:
-        self._hook = EngineHook.attach(
-            self._store, model.MODEL, self._modules, device=self._device, tag=model.TAG
-        )
+        self._hook = EngineHook.attach(self._store, MODEL, self._modules, device=self._device, tag=TAG)
         report = self._hook.attached
         return {"version": report.version, "copied": report.copied_bytes, "seconds": report.seconds}
 
@@ -64,7 +62,7 @@ class Engine:
 
     def wake(self, emit: Emit, after: int) -> dict[str, Any]:
         """Wait until the tag names a version newer than `after`, then wake: on that one or a newer."""
-        self._store.wait_for(model.MODEL, model.TAG, after=after, timeout=WAIT)
+        self._store.wait_for(MODEL, TAG, after=after, timeout=WAIT)
         report = self.hook.wake()
         return {"version": self.hook.version, "copied": report.copied_bytes, "seconds": report.seconds}
 

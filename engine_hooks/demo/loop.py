@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 import weightstore
+from engine_hooks.demo import MODEL
 from engine_hooks.demo.digits import SIDE, Judge, Pixels
 from engine_hooks.demo.memory import MemorySampler, gpu_bytes, private_bytes, segment_bytes
 from engine_hooks.demo.pictures import Grid, paint_grids, paint_memory
@@ -38,9 +39,11 @@ WINDOW = 8 << 20
 
 @dataclass(frozen=True)
 class Settings:
-    """`rounds` are training steps, `per_digit` how many images of each digit are drawn."""
+    """`rounds` are training steps, `per_digit` how many images of each digit are drawn; `socket` names a
+    running store to use instead of a private one."""
 
     out: Path
+    socket: str | None = None
     device: str = "auto"
     rounds: tuple[int, ...] = ROUNDS
     per_digit: int = 10
@@ -62,16 +65,14 @@ def run(settings: Settings, timeline: Timeline) -> Result:
         WeightstoreError: something failed, or the engine's weights differ from the trainer's.
     """
     settings.out.mkdir(parents=True, exist_ok=True)
-    room = _shared_memory_free()
-    text_size, capacity = ("full", FULL) if room > 2 * FULL else ("small", SMALL)
     with ExitStack() as stack:
-        store = stack.enter_context(weightstore.local_store(capacity, window=WINDOW))
+        store, text_size = _open_store(settings, stack)
         status = store.status()
         timeline.say(
-            "store", f"process {status.pid} serves arena {status.arena.name}, up to {format_size(capacity)}"
+            "store",
+            f"process {status.pid} serves arena {status.arena.name}, up to "
+            f"{format_size(status.arena.capacity)}",
         )
-        if text_size == "small":
-            timeline.say("store", f"/dev/shm has only {format_size(room)} free: using a smaller text encoder")
         config = {
             "socket": store.socket,
             "device": settings.device,
@@ -121,6 +122,7 @@ class _Play:
         self._judge = judge
         self._asked = np.repeat(np.arange(10), settings.per_digit)
         self._rows: list[tuple[str, ...]] = []
+        self._first = 0
         self.device = "cpu"
 
     def start(self, started: float) -> None:
@@ -128,7 +130,7 @@ class _Play:
         say("judge", f"reads {self._judge.skill:.1%} of the real digits it never saw correctly")
         with span("trainer", "starts", since=started), span("engine", "starts", since=started):
             told = self._trainer.ask("publish")
-        self.device = told["device"]
+        self.device, self._first = told["device"], told["version"]
         say(
             "trainer",
             f"on {self.device}: UNet2DConditionModel, {told['unet_parameters'] / 1e6:.1f} M parameters, to "
@@ -149,8 +151,8 @@ class _Play:
 
     def rounds(self) -> tuple[list[Grid], list[int]]:
         """All rounds: what was drawn with each version, and the bytes each sleep freed."""
-        grids = [self._draw(version=1, steps=0)]
-        self._rows.append(("1", "0", "", "", "", "", f"{grids[0].share_read:.0%}"))
+        grids = [self._draw(self._first, steps=0)]
+        self._rows.append((str(self._first), "0", "", "", "", "", f"{grids[0].share_read:.0%}"))
         freed: list[int] = []
         for steps in self._settings.rounds:
             slept = self._sleep()
@@ -194,13 +196,13 @@ class _Play:
         return len(held)
 
     def account(self) -> None:
-        """Say what the arena holds after all refits."""
-        status = self._store.status()
-        (versions,) = (model.versions for model in status.models)
+        """Say what the arena holds of the demo's model after all refits."""
+        (versions,) = (known.versions for known in self._store.status().models if known.name == MODEL)
         self._timeline.say(
             "store",
-            f"{format_size(status.arena.committed)} of shared memory for {versions[-1].number} versions of "
-            f"{format_size(versions[-1].nbytes)}: the frozen text encoder is there once",
+            f"keeps {len(versions)} of {versions[-1].number - self._first + 1} versions of "
+            f"{format_size(versions[-1].nbytes)}: what no tag names and nobody leases is gone; the frozen "
+            "text encoder was written once",
         )
 
     def summarise(self, grids: list[Grid], pictures: list[Path]) -> None:
@@ -281,9 +283,14 @@ def _pixels(text: str) -> Pixels:
     return (levels / 127.5 - 1).astype(np.float32)
 
 
-def _shared_memory_free() -> int:
+def _open_store(settings: Settings, stack: ExitStack) -> tuple[weightstore.Store, str]:
+    """The store to use, closed with `stack`, and the size of text encoder that has room in it."""
+    if settings.socket is not None:
+        store = stack.enter_context(weightstore.connect(settings.socket))
+        return store, "full" if store.status().arena.capacity >= FULL else "small"
     shm = os.statvfs("/dev/shm")
-    return shm.f_bavail * shm.f_frsize
+    size, capacity = ("full", FULL) if shm.f_bavail * shm.f_frsize > 2 * FULL else ("small", SMALL)
+    return stack.enter_context(weightstore.local_store(capacity, window=WINDOW)), size
 
 
 @contextmanager

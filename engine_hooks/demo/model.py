@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from engine_hooks.demo.digits import SIDE, WORDS
 
-MODEL = "digits"
-TAG = "policy"
 PROMPTS = tuple(f"a handwritten {word}" for word in WORDS)
 NO_PROMPT = ""
 

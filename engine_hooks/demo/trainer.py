@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import weightstore
-from engine_hooks.demo import digits, model
+from engine_hooks.demo import MODEL, TAG, digits, model
 from engine_hooks.demo.role import Emit, Handler, serve
 
 BATCH = 64
@@ -47,11 +47,11 @@ class Trainer:
         self._store = weightstore.connect(config["socket"])
 
     def publish(self, emit: Emit) -> dict[str, Any]:
-        """Put both components into the store as the model's first version, and let go of the frozen one."""
+        """Put both components into the store as a version of its own, and let go of the frozen one."""
         frozen = self._text_encoder
         if frozen is None:
             raise weightstore.errors.UsageError("the model was already published; refit it instead")
-        with self._store.refit(model.MODEL, tag=model.TAG) as refit:
+        with self._store.refit(MODEL, tag=TAG, fresh=True) as refit:
             refit.put_module(self._average, prefix="unet.")
             refit.put_module(frozen, prefix="text_encoder.")
         self._frozen_digests = model.digests({"text_encoder": frozen})
@@ -75,7 +75,7 @@ class Trainer:
 
     def refit(self, emit: Emit) -> dict[str, Any]:
         """Put the averaged UNet into the store; the text encoder stays where it is, shared by versions."""
-        with self._store.refit(model.MODEL, tag=model.TAG, components=["unet"]) as refit:
+        with self._store.refit(MODEL, tag=TAG, components=["unet"]) as refit:
             refit.put_module(self._average, prefix="unet.")
         return _told(refit.report)
 
