@@ -11,23 +11,19 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 import torch
 
 from engine_hooks.backend import Image, Run
+from weightstore.bulk import Span, copy_spans, each
 from weightstore.errors import DeviceError, DeviceMemoryError
 from weightstore.mapping import ArenaMapping
 from weightstore.types import align_up
 
 _PAGE: Final = mmap.PAGESIZE
-_PIECE: Final = 16 << 20
-"""Bytes one task copies: long enough to hide the hand-over, short enough to spread over threads."""
-
 _FLAGS: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
 """With MAP_NORESERVE (Python names it from 3.11 on): reserving addresses promises no memory."""
 
@@ -68,12 +64,11 @@ class HostImage:
 
 
 class HostBackend:
-    """`DeviceBackend` on the CPU. Copies and comparisons run on `threads` threads, outside the GIL."""
+    """`DeviceBackend` on the CPU. Copies and comparisons run on `threads` threads (None: by the cores)."""
 
     def __init__(self, threads: int | None = None) -> None:
-        self._threads = threads or min(8, len(os.sched_getaffinity(0)))
+        self._threads = threads
         self._images: list[HostImage] = []
-        self._pool: ThreadPoolExecutor | None = None
         self._closed = False
 
     @property
@@ -120,11 +115,11 @@ class HostBackend:
             raise DeviceError("comparison with an image that is not mapped")
         unequal: set[int] = set()
 
-        def compare(index: int, target: int, address: int, nbytes: int) -> None:
-            if _memcmp(target, address, nbytes):
-                unequal.add(index)
+        def compare(span: Span) -> None:
+            if _memcmp(span.target, span.source, span.nbytes):
+                unequal.add(span.number)
 
-        self._each_piece([(own, runs)], source, compare)
+        each(_spans([(own, runs)], source), compare, self._threads)
         return [run for index, run in enumerate(runs) if index in unequal]
 
     def memory_in_use(self) -> int:
@@ -136,8 +131,6 @@ class HostBackend:
             self._closed = True
             self.unmap(self._images)
             self._images.clear()
-            if self._pool is not None:
-                self._pool.shutdown()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -149,61 +142,21 @@ class HostBackend:
         return image
 
     def _copy(self, fills: Sequence[tuple[HostImage, Sequence[Run]]], source: ArenaMapping) -> None:
-        def copy(index: int, target: int, address: int, nbytes: int) -> None:
-            ctypes.memmove(target, address, nbytes)
+        copy_spans(_spans(fills, source), self._threads)
 
-        self._each_piece(fills, source, copy)
 
-    def _each_piece(
-        self,
-        fills: Sequence[tuple[HostImage, Sequence[Run]]],
-        source: ArenaMapping,
-        work: Callable[[int, int, int, int], None],
-    ) -> None:
-        """Do `work(run index, target address, source address, nbytes)` for every piece, and wait.
-
-        Pieces go to the threads; small runs are batched so that a task is never tiny. ctypes lets go of
-        the GIL during each call.
-        """
-        batches: list[list[tuple[int, int, int, int]]] = [[]]
-        room = _PIECE
-        for image, runs in fills:
-            for index, (offset, target, nbytes) in enumerate(runs):
-                if (
-                    min(offset, target) < 0
-                    or target + nbytes > image.nbytes
-                    or offset + nbytes > source.nbytes
-                ):
-                    raise DeviceError(
-                        f"a run of {nbytes} bytes from {offset} to {target} leaves the arena "
-                        f"({source.nbytes} bytes) or the image ({image.nbytes} bytes)"
-                    )
-                done = 0
-                while done < nbytes:
-                    step = min(nbytes - done, room)
-                    batches[-1].append(
-                        (index, image.address + target + done, source.address + offset + done, step)
-                    )
-                    done += step
-                    room -= step
-                    if not room:
-                        batches.append([])
-                        room = _PIECE
-
-        def run_batch(batch: list[tuple[int, int, int, int]]) -> None:
-            for piece in batch:
-                work(*piece)
-
-        if len(batches) == 1 or self._threads == 1:
-            for batch in batches:
-                run_batch(batch)
-            return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="weightstore-host")
-        tasks: list[Future[None]] = [self._pool.submit(run_batch, batch) for batch in batches]
-        wait(tasks)  # all of them, also if one failed: none may still touch the memory afterwards
-        for task in tasks:
-            task.result()
+def _spans(fills: Sequence[tuple[HostImage, Sequence[Run]]], source: ArenaMapping) -> list[Span]:
+    """The runs by address; `number` counts each image's runs. Raises DeviceError if one leaves its memory."""
+    spans = []
+    for image, runs in fills:
+        for index, (offset, target, nbytes) in enumerate(runs):
+            if min(offset, target) < 0 or target + nbytes > image.nbytes or offset + nbytes > source.nbytes:
+                raise DeviceError(
+                    f"a run of {nbytes} bytes from {offset} to {target} leaves the arena "
+                    f"({source.nbytes} bytes) or the image ({image.nbytes} bytes)"
+                )
+            spans.append(Span(index, image.address + target, source.address + offset, nbytes))
+    return spans
 
 
 def _check_available(nbytes: int) -> None:

@@ -35,6 +35,7 @@ SERVICE = PURE | {
     "store",
 }
 CLIENT = {
+    "bulk",
     "checkpoint",
     "client",
     "connection",
