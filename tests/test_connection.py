@@ -215,7 +215,9 @@ def test_a_reply_of_another_kind_is_a_protocol_error(store: FakeStore, client: C
     client.wait(client.lost)
 
 
-def test_announced_descriptors_that_do_not_come_are_a_protocol_error(store: FakeStore, client: Client) -> None:
+def test_announced_descriptors_that_do_not_come_are_a_protocol_error(
+    store: FakeStore, client: Client
+) -> None:
     store.answers[wire.Hello] = lambda r: store.welcome(r)[0]
     with pytest.raises(ProtocolError, match="announced 1 descriptors and sent 0"):
         client.connection.request_fd(hello(), wire.Welcome)
@@ -236,11 +238,13 @@ def test_the_stores_parting_words_are_the_reason(store: FakeStore, client: Clien
         client.connection.request(status_request(), wire.Status)
 
 
-def test_a_timeout_leaves_the_connection_usable_and_undoes_a_late_reply(store: FakeStore, client: Client) -> None:
+def test_a_timeout_leaves_the_connection_usable_and_undoes_a_late_reply(
+    store: FakeStore, client: Client
+) -> None:
     late: list[wire.GetStatus] = []
     store.answers[wire.GetStatus] = lambda r: late.append(r)  # type: ignore[func-returns-value]
     undone = threading.Event()
-    with pytest.raises(StoreTimeout, match="did not answer GetStatus within 0.01 s"):
+    with pytest.raises(StoreTimeout, match=r"did not answer GetStatus within 0\.01 s"):
         client.connection.request(status_request(), wire.Done, timeout=0.01, undo=lambda _: undone.set())
     store.wait(wire.GetStatus)
     assert not undone.is_set()
@@ -290,7 +294,9 @@ def test_a_refused_post_is_reported_to_its_callback(store: FakeStore, client: Cl
     assert [type(e) for e in refused] == [UnknownModel]
 
 
-def test_frames_larger_than_the_socket_takes_go_out_while_replies_come_in(store: FakeStore, client: Client) -> None:
+def test_frames_larger_than_the_socket_takes_go_out_while_replies_come_in(
+    store: FakeStore, client: Client
+) -> None:
     # The peer answers nothing before it has the whole frame, and offers flood in meanwhile.
     writes = [wire.Write(f"transformer.{i:06d}.weight") for i in range(60_000)]
     seen: list[int] = []
@@ -303,7 +309,10 @@ def test_frames_larger_than_the_socket_takes_go_out_while_replies_come_in(store:
 
     store.answers[wire.CommitRefit] = answer
     client.connection.request(wire.Drained(id=0), wire.Done)
-    threads = [threading.Thread(target=lambda: client.connection.request(wire.Drained(id=0), wire.Done)) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: client.connection.request(wire.Drained(id=0), wire.Done))
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     reply = client.connection.request(wire.CommitRefit(id=0, refit=1, writes=writes), wire.Committed)
@@ -312,7 +321,9 @@ def test_frames_larger_than_the_socket_takes_go_out_while_replies_come_in(store:
     assert (reply.version, seen, len(client.offers)) == (9, [60_000], 200)
 
 
-def test_closing_joins_the_thread_releases_waiters_and_is_idempotent(store: FakeStore, client: Client) -> None:
+def test_closing_joins_the_thread_releases_waiters_and_is_idempotent(
+    store: FakeStore, client: Client
+) -> None:
     store.answers[wire.GetStatus] = lambda r: None
     errors: list[WeightstoreError] = []
 

@@ -5,7 +5,7 @@ from fake_store import record
 
 from weightstore.errors import CoverageError
 from weightstore.ledger import Ledger, Problems
-from weightstore.types import Box, TensorRecord
+from weightstore.types import Box, TensorRecord, TensorSpec
 from weightstore.wire import Write
 
 WEIGHT = record("t.w", 0, (4, 6))
@@ -105,7 +105,7 @@ def test_parts_are_reported_as_boxes() -> None:
     made = ledger()
     boxes = [Box((0, 0), (2, 6)), Box((2, 0), (4, 6))]
     for box in boxes:
-        assert made.check_part("t.w", "float32", box) == moved(WEIGHT)
+        made.check((), parts=[("t.w", "float32", box, None)])
         made.enter_part("t.w", box)
     assert made.writes() == [Write("t.w", box) for box in boxes]
     assert (made.tensors, made.nbytes) == (1, 96)
@@ -129,7 +129,7 @@ def test_a_wrong_part_is_refused(name: str, dtype: str, box: Box, kind: str) -> 
     made.enter_part("t.w", Box((0, 0), (2, 6)))
     made.enter("t.b")
     before = made.writes()
-    assert refused(made.check_part, name, dtype, box) == {kind: [name]}
+    assert refused(made.check, (), False, [(name, dtype, box, None)]) == {kind: [name]}
     assert made.writes() == before
 
 
@@ -149,7 +149,34 @@ def test_what_did_not_get_written_can_be_written_again() -> None:
     made.withdraw("t.w", second)
     assert made.writes() == [Write("t.w", first)]
     made.check(wants(BIAS))
-    made.check_part("t.w", "float32", second)
+    made.check((), parts=[("t.w", "float32", second, None)])
+
+
+def test_parts_of_one_call_are_judged_together() -> None:
+    made = ledger(extend=True)
+    low, high = Box((0, 0), (2, 6)), Box((1, 0), (4, 6))
+    parts = [
+        ("t.w", "float32", low, None),
+        ("t.w", "float32", high, None),
+        ("t.b", "bfloat16", Box((0,), (6,)), None),
+        ("t.new", "float32", Box((0,), (1,)), None),
+        ("t.w", "float32", Box((0,), (1,)), None),
+    ]
+    assert refused(made.check, wants(BIAS), False, parts) == {
+        "overlapping": ["t.w"],
+        "duplicate": ["t.b"],
+        "unknown": ["t.new"],
+        "mismatched": ["t.w"],
+    }
+
+
+def test_a_part_of_a_new_tensor_is_judged_by_what_is_said_of_the_whole() -> None:
+    whole = TensorSpec("t.new", "float32", (4, 6), (6, 1))
+    box = Box((0, 0), (2, 6))
+    ledger(extend=True).check((), parts=[("t.new", "float32", box, whole)])
+    assert refused(ledger().check, (), False, [("t.new", "float32", box, whole)]) == {"unknown": ["t.new"]}
+    beyond = [("t.new", "float32", Box((3, 0), (5, 6)), whole)]
+    assert refused(ledger(extend=True).check, (), False, beyond) == {"mismatched": ["t.new"]}
 
 
 def test_long_lists_are_cut_in_the_message_only() -> None:

@@ -127,7 +127,7 @@ def test_requests_with_nobody_there_fail_after_one_attempt(fake: FakeStore, watc
 def test_a_store_that_does_not_answer_is_gone(fake: FakeStore) -> None:
     fake.answers[wire.Hello] = lambda r: None
     watched = Watched(fake.path, timeout=0.05)
-    with pytest.raises(StoreGone, match="did not answer Hello.*stopped or overloaded"):
+    with pytest.raises(StoreGone, match=r"did not answer Hello.*stopped or overloaded"):
         watched.link.connect()
     watched.link.close()
 

@@ -32,7 +32,9 @@ def test_paths_no_socket_can_have_are_refused(path: str) -> None:
 def test_the_longest_path_the_kernel_takes_is_allowed() -> None:
     path = "/" + "x" * (MAX_SOCKET_PATH - 1)
     assert socket_path(path) == path
-    with pytest.raises(UsageError, match=f"of {MAX_SOCKET_PATH + 1} bytes: the kernel allows {MAX_SOCKET_PATH}"):
+    with pytest.raises(
+        UsageError, match=f"of {MAX_SOCKET_PATH + 1} bytes: the kernel allows {MAX_SOCKET_PATH}"
+    ):
         socket_path(path + "x")
 
 

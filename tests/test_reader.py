@@ -106,7 +106,7 @@ def test_an_offer_waits_until_its_reader_advances(fake: FakeStore, store: Store)
     assert lease.advance()
     assert fake.of(wire.TakeOffer)[0].version == 2
     assert (lease.version, lease.pending, dict(lease.records)) == (2, None, {"t.w": NEW[0]})
-    with pytest.raises(LeaseLost, match="shows version 1 .* has moved on to 2"):
+    with pytest.raises(LeaseLost, match=r"shows version 1 .* has moved on to 2"):
         snapshot["t.w"]
     assert lease.snapshot.version == 2
 
@@ -195,7 +195,7 @@ def test_a_parked_lease_shows_no_bytes(fake: FakeStore, store: Store) -> None:
     snapshot = lease.snapshot
     lease.park()
     for use in (lambda: snapshot["t.w"], lambda: lease.snapshot):
-        with pytest.raises(UsageError, match="parked.*unpark"):
+        with pytest.raises(UsageError, match=r"parked.*unpark"):
             use()
     lease.unpark()
     assert snapshot["t.w"].shape == (4,)
@@ -241,7 +241,7 @@ def test_a_torn_offer_is_acknowledged_and_reading_refused_until_one_heals_it(
     assert lease.parked  # and the store is told so: it goes on as with any sleeping holder
     assert [r.parked for r in fake.wait(wire.ParkLease, 3)] == [True, False, True]
     with pytest.raises(TagTorn):
-        lease.snapshot
+        lease.require_readable(1)
     hear(fake, store, offer(2))
     assert not lease.torn and lease.version == 2
     fake.answers[wire.ParkLease] = lambda r: state(r, version=2)
@@ -384,7 +384,7 @@ def test_closing_the_store_loses_its_leases(fake: FakeStore, store: Store) -> No
     tensor = lease.snapshot["t.w"]
     store.close()
     with pytest.raises(LeaseLost, match="closed by this process"):
-        lease.snapshot
+        lease.require_readable(1)
     assert tensor.tolist() == [0, 0, 0, 0]
 
 

@@ -76,7 +76,7 @@ def test_dtypes_numpy_lacks_come_as_their_bits(snapshot: Snapshot) -> None:
 
 def test_an_unknown_name_is_both_ours_and_a_key_error(snapshot: Snapshot) -> None:
     for error in (UnknownTensor, UsageError, KeyError):
-        with pytest.raises(error, match="^version 3 of 'm' has no tensor 't.v'"):
+        with pytest.raises(error, match=r"^version 3 of 'm' has no tensor 't\.v'"):
             snapshot["t.v"]
     with pytest.raises(UnknownTensor):
         snapshot.numpy("t.v")

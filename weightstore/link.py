@@ -123,7 +123,10 @@ class Link:
             if known is None or (known.uuid, known.nbytes) != (welcome.arena, welcome.nbytes):
                 if known is not None:
                     known.close()
-                known = self._writer = ArenaMapping(fd, welcome.nbytes, True, welcome.arena)
+                old, known = known, ArenaMapping(fd, welcome.nbytes, True, welcome.arena)
+                self._writer = known
+                if old is not None:
+                    old.close()  # refits into it ended with their connection; what it pinned is let go
             return known
         finally:
             os.close(fd)

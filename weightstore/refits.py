@@ -9,14 +9,17 @@ he was given memory to write to, has learned that it is over.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 
 from weightstore import wire
 from weightstore.connection import Connection
-from weightstore.errors import StoreGone
+from weightstore.errors import DeviceError, StoreGone
 from weightstore.link import Link
 from weightstore.trainer import Refit
+
+_log = logging.getLogger("weightstore")
 
 
 class Refits:
@@ -56,10 +59,16 @@ class Refits:
             # Owed to a store that comes back even if no refit is known here: the answer to one's opening
             # may have been lost with the connection.
             self._owed, self._greeted = self._greeted, True
+        landed = []
         for refit in gone:
-            refit.drain()
+            try:
+                refit.drain()
+                landed.append(refit)
+            except DeviceError as error:
+                # Nobody can say where its copies stand, so its space stays in quarantine until we exit.
+                _log.error("copies into a lost refit failed: %s", error)
         with self._lock:
-            self._open.difference_update(refit for refit in gone if not refit.viewed)
+            self._open.difference_update(refit for refit in landed if not refit.viewed)
         self._promise(connection)
 
     def _forget(self, refit: Refit) -> None:
