@@ -18,7 +18,7 @@ from weightstore.errors import CoverageError
 from weightstore.ledger import Ledger
 from weightstore.mapping import ArenaMapping
 from weightstore.tensors import NAMES, as_tensor, place_of, same_bits, spec_of
-from weightstore.types import TensorSpec
+from weightstore.types import Box, TensorSpec
 
 
 class Source(msgspec.Struct, frozen=True, gc=False):
@@ -33,6 +33,20 @@ class Source(msgspec.Struct, frozen=True, gc=False):
 
     def spec(self) -> TensorSpec:
         return spec_of(self.name, self.tensor, self.tied_to)
+
+
+class Part(msgspec.Struct, frozen=True, gc=False):
+    """A tensor to be written to `box` of the tensor `name`. `whole` describes all of that one; it is needed
+    where the base lacks it and no place was reserved for it."""
+
+    name: str
+    dtype: str
+    box: Box
+    tensor: torch.Tensor
+    whole: TensorSpec | None = None
+
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(slice(lo, hi) for lo, hi in zip(self.box.lo, self.box.hi, strict=True))
 
 
 def sources_of(items: Iterable[tuple[str, Any]]) -> list[Source]:

@@ -68,13 +68,24 @@ class Ledger:
         """What was written as `name` or as a name tied to it."""
         return self._items.get(self.tie(name))
 
-    def check(self, wanted: Iterable[tuple[str, str, tuple[int, ...]]], again: bool = False) -> None:
-        """May these (name, dtype, shape) be written whole, now (or `again`)? Raises CoverageError naming
-        all that may not."""
+    def check(
+        self,
+        wanted: Iterable[tuple[str, str, tuple[int, ...]]],
+        again: bool = False,
+        parts: Iterable[tuple[str, str, Box, TensorSpec | None]] = (),
+    ) -> None:
+        """May these (name, dtype, shape) be written whole, now (or `again`), and these (name, dtype, box,
+        spec) in part? A part's `spec` describes the whole of a tensor that has no expectation yet.
+
+        Raises:
+            CoverageError: naming all that may not, by kind; `overlapping` are parts of which something was
+                written before, or is given twice here.
+        """
         problems = Problems(self._what)
+        whole: set[Hashable] = set()
         for name, dtype, shape in wanted:
             expected = self.expected(name)
-            if self._components is not None and component_of(name) not in self._components:
+            if not self._in_scope(name):
                 problems.add("undeclared", name)
             elif expected is None:
                 if self._closed:
@@ -85,20 +96,30 @@ class Ledger:
             item = self.item(name)
             if item is not None and (item.boxes or (name in item.names and not again)):
                 problems.add("duplicate", name)
+            whole.add(self.tie(name))
+        here: dict[Hashable, list[Box]] = {}
+        for name, dtype, box, spec in parts:
+            key = self.tie(name)
+            self._judge_part(problems, name, dtype, box, spec, key in whole, here.setdefault(key, []))
         problems.raise_any()
 
-    def check_part(self, name: str, dtype: str, box: Box) -> TensorRecord:
-        """May `box` of the tensor `name` be written? Its place, or its record in the base if it has none yet.
-
-        Raises:
-            CoverageError: as `check`; `overlapping` if a part of it was written before.
-        """
-        problems = Problems(self._what)
-        expected = self.expected(name)
+    def _judge_part(
+        self,
+        problems: Problems,
+        name: str,
+        dtype: str,
+        box: Box,
+        spec: TensorSpec | None,
+        whole_here: bool,
+        boxes_here: list[Box],
+    ) -> None:
+        """As `check`, of one part, in a call that writes the whole too (`whole_here`) or `boxes_here`, to
+        which `box` is added if it may be written."""
+        expected = self.expected(name) or (None if self._closed else spec)
         if expected is None:
             problems.add("unknown", name, "a tensor the base lacks must be reserved before its parts are put")
-            raise problems.error()
-        if self._components is not None and component_of(name) not in self._components:
+            return
+        if not self._in_scope(name):
             problems.add("undeclared", name)
         inside = len(box.lo) == len(expected.shape) and all(
             0 <= lo and hi <= size for lo, hi, size in zip(box.lo, box.hi, expected.shape, strict=True)
@@ -106,13 +127,18 @@ class Ledger:
         if dtype != expected.dtype or not inside:
             part = f"{dtype} {list(box.lo)} to {list(box.hi)}"
             problems.add("mismatched", name, f"given {part}, stored {expected.dtype} {list(expected.shape)}")
+            return
         item = self.item(name)
-        if item is not None and not item.boxes:
+        written = () if item is None else item.boxes
+        if whole_here or (item is not None and not item.boxes):
             problems.add("duplicate", name)
-        elif item is not None and any(box.intersects(other) for other in item.boxes):
+        elif any(box.intersects(other) for other in (*written, *boxes_here)):
             problems.add("overlapping", name, f"{list(box.lo)} to {list(box.hi)}")
-        problems.raise_any()
-        return expected
+        else:
+            boxes_here.append(box)
+
+    def _in_scope(self, name: str) -> bool:
+        return self._components is None or component_of(name) in self._components
 
     def without_place(self, specs: Iterable[TensorSpec]) -> list[TensorSpec]:
         return [spec for spec in specs if spec.name not in self.places]

@@ -42,7 +42,7 @@ from weightstore.types import Box, TensorRecord, TensorSpec
 if TYPE_CHECKING:
     import torch
 
-    from weightstore.copies import Source
+    from weightstore.copies import Part, Source
 
 R = TypeVar("R", bound=wire.Reply)
 
@@ -139,26 +139,15 @@ class Refit:
 
         A tensor that the base version lacks must have been given its full shape with `reserve`.
         """
-        from weightstore.copies import copy_all
-        from weightstore.tensors import as_tensor, dtype_name, place_of
+        from weightstore.copies import Part
+        from weightstore.tensors import as_tensor, dtype_name
 
         source = as_tensor(name, tensor)
         lo = tuple(int(i) for i in at)
         if len(lo) != source.dim():
             raise UsageError(f"part of {name!r} at {list(lo)}: the part has {source.dim()} dimensions")
         box = Box(lo, tuple(i + n for i, n in zip(lo, source.shape, strict=True)))
-        with ExitStack() as landing:
-            with self._planning:
-                self._require_open()
-                expected = self._ledger.check_part(name, dtype_name(name, source.dtype), box)
-                self._find_places([TensorSpec(name, expected.dtype, expected.shape, expected.stride)])
-                landing.enter_context(self._landing([(name, box)]))
-                self._ledger.enter_part(name, box)
-            place = place_of(self._mapping, self._ledger.places[name])
-            copy_all(
-                [(place[tuple(slice(a, b) for a, b in zip(box.lo, box.hi, strict=True))], source)],
-                self._mapping,
-            )
+        self._write((), (Part(name, dtype_name(name, source.dtype), box, source),))
 
     def view(self, name: str, spec: TensorSpec | torch.Tensor | None = None) -> torch.Tensor:
         """A writable tensor on the arena itself, to be filled before `commit` and not touched after it.
@@ -331,7 +320,8 @@ class Refit:
 
     # -- places ------------------------------------------------------------------------------------
 
-    def _write(self, sources: list[Source]) -> None:
+    def _write(self, sources: Sequence[Source], parts: Sequence[Part] = ()) -> None:
+        """Write whole tensors and parts of others in one call: all are checked before a byte moves."""
         from weightstore.copies import copy_all, ties_that_differ
         from weightstore.tensors import place_of
 
@@ -339,18 +329,30 @@ class Refit:
         with ExitStack() as landing:
             with self._planning:
                 self._require_open()
-                ledger.check((source.name, source.dtype, source.shape) for source in sources)
+                ledger.check(
+                    ((source.name, source.dtype, source.shape) for source in sources),
+                    parts=((part.name, part.dtype, part.box, part.whole) for part in parts),
+                )
                 problems = Problems(self._what)
                 for name, other in ties_that_differ(sources, ledger, self._mapping, self.drain).items():
                     problems.add("mismatched", name, f"tied to {other}, whose values differ from those given")
                 problems.raise_any()
-                self._find_places(source.spec() for source in sources if source.name not in places)
-                landing.enter_context(self._landing([(source.name, None) for source in sources]))
+                specs = [source.spec() for source in sources if source.name not in places]
+                wholes = {part.name: ledger.expected(part.name) or part.whole for part in parts}
+                specs += [
+                    TensorSpec(n, w.dtype, w.shape, w.stride) for n, w in wholes.items() if w is not None
+                ]
+                self._find_places(specs)
+                entered: list[tuple[str, Box | None]] = [(source.name, None) for source in sources]
+                entered += [(part.name, part.box) for part in parts]
+                landing.enter_context(self._landing(entered))
                 first = [source for source in sources if ledger.enter(source.name)]
-            copy_all(
-                ((place_of(self._mapping, places[source.name]), source.tensor) for source in first),
-                self._mapping,
-            )
+                for part in parts:
+                    ledger.enter_part(part.name, part.box)
+            pairs = [(place_of(self._mapping, places[source.name]), source.tensor) for source in first]
+            for part in parts:
+                pairs.append((place_of(self._mapping, places[part.name])[part.slices()], part.tensor))
+            copy_all(pairs, self._mapping)
 
     def _find_places(self, specs: Iterable[TensorSpec]) -> None:
         """Have the store reserve what has no place yet, in one round trip."""
