@@ -36,6 +36,7 @@ SERVICE = PURE | {
 }
 CLIENT = {
     "bulk",
+    "calls",
     "checkpoint",
     "client",
     "connection",

@@ -26,11 +26,12 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 
 from weightstore import wire
+from weightstore.calls import Call, close_all
 from weightstore.errors import (
     AccessDenied,
     ProtocolError,
@@ -40,7 +41,7 @@ from weightstore.errors import (
     WeightstoreError,
     from_wire,
 )
-from weightstore.inbox import MAX_FDS, Inbox, close_all
+from weightstore.inbox import MAX_FDS, Inbox
 
 R = TypeVar("R", bound=wire.Reply)
 
@@ -55,31 +56,6 @@ class _IOThread(threading.Thread):
 def on_io_thread() -> bool:
     """Whether this is the thread of a connection, which must not wait for a store."""
     return isinstance(threading.current_thread(), _IOThread)
-
-
-class _Call:
-    """A request under way. `turn` is a lock released when the outcome is there (cheaper than an Event)."""
-
-    __slots__ = ("error", "expect", "fds", "given_up", "on_failed", "on_reply", "reply", "turn", "undo")
-
-    def __init__(
-        self,
-        expect: type[Any],
-        on_reply: Callable[[Any], None] | None,
-        on_failed: Callable[[WeightstoreError], None] | None,
-        undo: Callable[[Any], None] | None,
-        posted: bool,
-    ) -> None:
-        self.expect = expect
-        self.on_reply = on_reply
-        self.on_failed = on_failed
-        self.undo = undo
-        self.turn = threading.Lock()
-        self.turn.acquire()
-        self.given_up = posted
-        self.reply: Any = None
-        self.fds: list[int] = []
-        self.error: Exception | None = None
 
 
 class Connection:
@@ -108,7 +84,7 @@ class Connection:
         self._on_lost = on_lost
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, Call] = {}
         self._last_id = 0
         self._outbox: deque[memoryview] = deque()
         self._inbox = Inbox(peer, cap)
@@ -211,7 +187,7 @@ class Connection:
         `on_failed` is called on the I/O thread if the store refuses; without it a refusal is logged.
         """
         with contextlib.suppress(StoreGone):
-            self._send(message, _Call(expect, None, on_failed or _log_refusal, None, posted=True))
+            self._send(message, Call(expect, None, on_failed or _log_refusal, None, posted=True))
 
     def close(self) -> None:
         """End the connection and join its thread; waiters get StoreGone. Idempotent."""
@@ -239,17 +215,9 @@ class Connection:
                 f"{type(message).__name__} would wait for itself: an offer callback must hand requests over "
                 "to another thread"
             )
-        call = _Call(expect, on_reply, None, undo, posted=False)
+        call = Call(expect, on_reply, None, undo, posted=False)
         self._send(message, call)
-        try:
-            arrived = call.turn.acquire(timeout=-1 if timeout is None else max(0.0, timeout))
-        except BaseException:
-            if not self._give_up(call) and call.error is None:
-                close_all(call.fds)
-                if undo is not None:
-                    undo(call.reply)
-            raise
-        if not arrived and self._give_up(call):
+        if not call.wait(timeout):
             raise StoreTimeout(
                 f"the store at {self.peer} did not answer {type(message).__name__} within {timeout:g} s",
                 socket=self.peer,
@@ -259,15 +227,7 @@ class Connection:
             raise call.error
         return call.reply, call.fds
 
-    def _give_up(self, call: _Call) -> bool:
-        """Stop waiting for `call`. False if its outcome is there already."""
-        with self._lock:
-            if call.reply is not None or call.error is not None:
-                return False
-            call.given_up = True
-            return True
-
-    def _send(self, message: wire.Request, call: _Call) -> None:
+    def _send(self, message: wire.Request, call: Call) -> None:
         if os.getpid() != self._pid:
             raise UsageError(
                 f"this connection to {self.peer} belongs to process {self._pid}, and this is a fork of it; "
@@ -373,25 +333,9 @@ class Connection:
                 call.on_reply(message)
             except Exception as failure:
                 error = failure
-        self._settle(call, message, fds, error)
+        call.settle(message, fds, error)
         if isinstance(error, ProtocolError) and not isinstance(message, wire.Failed):
             raise _again(error)
-
-    def _settle(self, call: _Call, reply: wire.Reply | None, fds: list[int], error: Exception | None) -> None:
-        """Give `call` its outcome; if nobody waits any more, clean up after it."""
-        with self._lock:
-            if error is None:
-                call.reply, call.fds = reply, fds
-            call.error = error
-            given_up = call.given_up
-        if error is not None or given_up:
-            close_all(fds)
-        if not given_up:
-            call.turn.release()
-        elif error is None and call.undo is not None:
-            call.undo(reply)
-        elif isinstance(error, WeightstoreError) and call.on_failed is not None and not self.lost:
-            call.on_failed(error)
 
     def _end(self, reason: WeightstoreError) -> None:
         with self._lock:
@@ -404,7 +348,7 @@ class Connection:
         _alive.discard(self)
         self._inbox.close()
         for call in calls:
-            self._settle(call, None, [], _again(reason))
+            call.settle(None, [], _again(reason), lost=True)
         if not self._closing:
             self._on_lost(self, reason)
 

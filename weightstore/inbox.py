@@ -13,13 +13,13 @@ Invariants:
 from __future__ import annotations
 
 import array
-import os
 import socket
 from collections import deque
-from collections.abc import Iterator, MutableSequence
+from collections.abc import Iterator
 from typing import Any, Final
 
 from weightstore import wire
+from weightstore.calls import close_all
 from weightstore.errors import ProtocolError
 
 MAX_FDS: Final = 16
@@ -72,8 +72,3 @@ class Inbox:
     def close(self) -> None:
         """Close descriptors nobody claimed. Idempotent."""
         close_all(self._fds)
-
-
-def close_all(fds: MutableSequence[int]) -> None:
-    while fds:
-        os.close(fds.pop())
