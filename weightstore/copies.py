@@ -13,12 +13,13 @@ from typing import Any
 import msgspec
 import torch
 
+from weightstore.bulk import Span, copy_spans
 from weightstore.cuda.uploads import uploads_into
 from weightstore.errors import CoverageError
 from weightstore.ledger import Ledger
 from weightstore.mapping import ArenaMapping
 from weightstore.tensors import NAMES, as_tensor, place_of, same_bits, spec_of
-from weightstore.types import Box, TensorSpec
+from weightstore.types import Box, TensorSpec, is_dense
 
 
 class Source(msgspec.Struct, frozen=True, gc=False):
@@ -126,17 +127,29 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 def copy_all(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], mapping: ArenaMapping) -> None:
     """Copy each source into its place: pairs of (place in `mapping`, source), equal in shape and dtype.
 
-    Element by element, so either may have any stride; torch spreads large ones over its threads and
-    copies dense equal layouts at memory speed. Returns when the bytes of CPU tensors have landed; those of
-    CUDA tensors are on their way until `weightstore.cuda.uploads.drain_uploads` returns, and the sources
-    may be overwritten by work submitted later to the current stream.
+    Either may have any stride; equal dense layouts, the usual case, are copied as bytes at memory speed.
+    Returns when the bytes of CPU tensors have landed; those of CUDA tensors are on their way until
+    `weightstore.cuda.uploads.drain_uploads` returns, and the sources may be overwritten by work submitted
+    later to the current stream.
     """
     with torch.no_grad():
         on_device = []
+        alike: list[Span] = []
         for place, source in pairs:
             if source.device.type == "cuda":
                 on_device.append((place, source))
+            elif _same_layout(place, source):
+                nbytes = source.numel() * source.element_size()
+                alike.append(Span(len(alike), place.data_ptr(), source.data_ptr(), nbytes))
             else:
                 place.copy_(source)
         if on_device:
             uploads_into(mapping).put_all(on_device)
+        copy_spans(alike)
+
+
+def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Of two tensors of equal shape: do both hold the same elements in the same order, without gaps?"""
+    if a.is_contiguous() and b.is_contiguous():
+        return True
+    return a.stride() == b.stride() and is_dense(a.shape, a.stride())
