@@ -48,6 +48,7 @@ CLIENT = {
     "link",
     "local",
     "mapping",
+    "names",
     "reader",
     "records",
     "refits",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from weightstore import errors
     from weightstore.client import Store, connect
     from weightstore.local import local_store
+    from weightstore.names import NameMap, Plan
     from weightstore.reader import Lease
     from weightstore.report import RefitReport
     from weightstore.snapshot import Snapshot
@@ -28,6 +29,8 @@ _HOME: Final = {
     "Refit": "weightstore.trainer",
     "RefitReport": "weightstore.report",
     "Lease": "weightstore.reader",
+    "NameMap": "weightstore.names",
+    "Plan": "weightstore.names",
     "Snapshot": "weightstore.snapshot",
     "TensorRecord": "weightstore.types",
     "TensorSpec": "weightstore.types",
@@ -41,6 +44,8 @@ __all__ = [
     "RefitReport",
     "Lease",
     "Snapshot",
+    "NameMap",
+    "Plan",
     "TensorRecord",
     "TensorSpec",
     "errors",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from weightstore import wire
 from weightstore.connection import Connection
@@ -21,6 +22,9 @@ from weightstore.reader import Lease
 from weightstore.refits import Refits
 from weightstore.trainer import Refit
 from weightstore.types import DEFAULT_TAG
+
+if TYPE_CHECKING:
+    from weightstore.names import NameMap
 
 PATIENCE = 5.0
 """Seconds a store has to answer the greeting, and to answer late where it keeps time itself."""
@@ -108,6 +112,7 @@ class Store:
         rank: int = 0,
         world_size: int = 1,
         timeout: float = 600.0,
+        names: NameMap | None = None,
     ) -> Refit:
         """Begin writing a new version of `model`, to be named `tag`.
 
@@ -121,6 +126,7 @@ class Store:
             key, rank, world_size: writers that give the same key share one refit, which commits when all
                 have.
             timeout: seconds the ranks of a shared refit have, from its beginning to the last commit.
+            names: how names of tensors that are put become stored names (`weightstore.NameMap`).
 
         Raises:
             RefitConflict: a refit of this model and tag is open.
@@ -146,7 +152,8 @@ class Store:
                 rank=rank,
                 world_size=world_size,
                 timeout=float(timeout),
-            )
+            ),
+            names,
         )
 
     @property

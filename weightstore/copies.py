@@ -124,6 +124,17 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and same_bits(a, b)
 
 
+def parts_once(parts: Iterable[Part], ledger: Ledger) -> list[Part]:
+    """`parts` without those that are already there under a tied name, bit for bit."""
+    first: dict[tuple[Hashable, Box], Part] = {}
+    once = []
+    for part in parts:
+        other = first.setdefault((ledger.tie(part.name), part.box), part)
+        if other.name == part.name or not _same(part.tensor, other.tensor):
+            once.append(part)
+    return once
+
+
 def copy_all(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], mapping: ArenaMapping) -> None:
     """Copy each source into its place: pairs of (place in `mapping`, source), equal in shape and dtype.
 

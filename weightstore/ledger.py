@@ -11,6 +11,7 @@ Invariants:
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Final
 
@@ -54,6 +55,11 @@ class Ledger:
         self._closed = has_base and not extend
         self._components = None if components is None else frozenset(components)
         self._items: dict[Hashable, Item] = {}
+
+    @property
+    def known(self) -> Mapping[str, TensorRecord]:
+        """What names have to look like, now and later: the base's records, then places of new ones."""
+        return ChainMap(dict(self._base), self.places)
 
     def expected(self, name: str) -> TensorRecord | None:
         """The dtype, shape and stride `name` has to have; None for a new name."""

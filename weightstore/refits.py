@@ -12,12 +12,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from typing import TYPE_CHECKING
 
 from weightstore import wire
 from weightstore.connection import Connection
 from weightstore.errors import DeviceError, StoreGone
 from weightstore.link import Link
 from weightstore.trainer import Refit
+
+if TYPE_CHECKING:
+    from weightstore.names import NameMap
 
 _log = logging.getLogger("weightstore")
 
@@ -32,7 +36,7 @@ class Refits:
         self._owed = False
         self._greeted = False
 
-    def open(self, request: wire.OpenRefit) -> Refit:
+    def open(self, request: wire.OpenRefit, names: NameMap | None = None) -> Refit:
         """Begin or join a refit; see `Store.refit`."""
         started = time.perf_counter()
         connection = self._link.connect()
@@ -41,7 +45,7 @@ class Refits:
             wire.RefitOpened,
             undo=lambda late: connection.post(wire.AbortRefit(id=0, refit=late.refit), wire.Done),
         )
-        refit = Refit(connection, request, opened, self._link.open_writer(fd), started, self._forget)
+        refit = Refit(connection, request, opened, self._link.open_writer(fd), started, self._forget, names)
         with self._lock:
             self._open.add(refit)
         return refit

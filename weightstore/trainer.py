@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     import torch
 
     from weightstore.copies import Part, Source
+    from weightstore.names import NameMap, Plan, Stored
 
 R = TypeVar("R", bound=wire.Reply)
 
@@ -88,6 +89,7 @@ class Refit:
         mapping: ArenaMapping,
         started: float,
         ended: Callable[[Refit], None],
+        names: NameMap | None = None,
     ) -> None:
         """`ended` is told once nothing of the refit can be landing any more."""
         self.model = request.model
@@ -104,6 +106,13 @@ class Refit:
         base = {record.name: record for record in read_records(opened.base_records) or []}
         self._ledger = Ledger(self._what, base, bool(opened.base), request.components, request.extend)
         self._add_places(opened.targets)
+        self._declared = request
+        self._inlet = None
+        if names is not None:
+            from weightstore.names.inlet import Inlet
+
+            self._inlet = Inlet(names, self._stored())
+        self._names = names
         self._state = State.OPEN
         self._reason = ""
         self._report: RefitReport | None = None
@@ -125,7 +134,11 @@ class Refit:
         """Write many tensors with one round trip at most. Values over the same memory are stored once."""
         from weightstore.copies import sources_of
 
-        self._write(sources_of(tensors.items() if isinstance(tensors, Mapping) else tensors))
+        items = tensors.items() if isinstance(tensors, Mapping) else tensors
+        parts: Sequence[Part] = ()
+        if self._inlet is not None:
+            items, parts = self._inlet.admit(items)
+        self._write(sources_of(items), parts)
 
     def put_module(self, module: torch.nn.Module, prefix: str = "") -> None:
         """Write all parameters and persistent buffers of `module` under their state_dict names."""
@@ -137,6 +150,7 @@ class Refit:
         """Write a part of a tensor: `tensor`'s elements from index `at` on, as the ranks of a sharded
         trainer do. All parts, of all ranks, must make up the tensor exactly once.
 
+        `name` and `at` are the stored tensor's: as `view`, `reserve` and `wrote` this goes past the name map.
         A tensor that the base version lacks must have been given its full shape with `reserve`.
         """
         from weightstore.copies import Part
@@ -187,6 +201,22 @@ class Refit:
             self._find_places(specs)
             return [self._ledger.places[spec.name] for spec in specs]
 
+    def plan(self, tensors: Any, prefix: str = "") -> Plan:
+        """What would become of `tensors` if exactly they were put: a dry run, for which nothing is copied.
+
+        Args:
+            tensors: a state dict, pairs of name and tensor, an `nn.Module` or TensorSpecs; they may be on
+                meta, or sharded.
+            prefix: put before their names, as `put_module` does.
+
+        Raises:
+            InvalidTensor: something the store cannot hold.
+        """
+        from weightstore.names import NameMap, plan
+        from weightstore.names.given import given_of
+
+        return plan(self._names or NameMap(strip=False), given_of(tensors, prefix), self._stored())
+
     @property
     def mapping(self) -> ArenaMapping:
         """The arena, writable, for writers that do without tensors: fill `reserve`d places, then say so
@@ -215,12 +245,15 @@ class Refit:
         """Make the new version and move the tag; its number. Shared refits wait here for all ranks.
 
         Raises:
-            CoverageError: tensors are missing; the refit of a lone writer is still open.
+            CoverageError: tensors are missing, or a name rule matched nothing; the refit of a lone writer is
+                still open.
             RefitAborted, RefitClosed: it ended without a version.
             StoreGone: the store went away; ``details["outcome"]`` is "unknown" if the commit was on its way.
         """
         with self._planning, self._idle:
             self._require_open()
+            if self._inlet is not None:
+                self._inlet.check_used(self._alone)
             self._move(State.COMMITTING)
         try:
             self.drain()
@@ -322,10 +355,11 @@ class Refit:
 
     def _write(self, sources: Sequence[Source], parts: Sequence[Part] = ()) -> None:
         """Write whole tensors and parts of others in one call: all are checked before a byte moves."""
-        from weightstore.copies import copy_all, ties_that_differ
+        from weightstore.copies import copy_all, parts_once, ties_that_differ
         from weightstore.tensors import place_of
 
         ledger, places = self._ledger, self._ledger.places
+        parts = parts_once(parts, ledger)
         with ExitStack() as landing:
             with self._planning:
                 self._require_open()
@@ -353,6 +387,15 @@ class Refit:
             for part in parts:
                 pairs.append((place_of(self._mapping, places[part.name])[part.slices()], part.tensor))
             copy_all(pairs, self._mapping)
+
+    def _stored(self) -> Stored:
+        """What is written into, for those who map names to it."""
+        from weightstore.names import Stored
+
+        declared = self._declared
+        components = None if declared.components is None else frozenset(declared.components)
+        closed = bool(self.base) and not declared.extend
+        return Stored(self._what, self._ledger.known, components, closed, declared.partial)
 
     def _find_places(self, specs: Iterable[TensorSpec]) -> None:
         """Have the store reserve what has no place yet, in one round trip."""

@@ -1,0 +1,46 @@
+"""Which name was perhaps meant: close matches that stay fast for thousands of names."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from difflib import SequenceMatcher
+from typing import Final
+
+CUTOFF: Final = 0.6
+"""Of difflib's ratio: below it a name is no likeness."""
+_RANKED: Final = 8
+"""Names that are compared letter by letter: those with the most words in common."""
+_WORD: Final = re.compile(r"[A-Za-z]+|\d+")
+
+
+class Hints:
+    """Finds likenesses among `names`."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = list(dict.fromkeys(names))
+        self._with_word: defaultdict[str, list[str]] = defaultdict(list)
+        for name in self._names:
+            for word in set(_WORD.findall(name)):
+                self._with_word[word].append(name)
+
+    def closest(self, name: str) -> str | None:
+        """The likest name other than `name` itself: one that differs by a prefix, else by a few letters."""
+        # Rare words tell more: `norm_q` of block 17 is not likened to every `weight` there is.
+        score: Counter[str] = Counter()
+        for word in set(_WORD.findall(name)):
+            having = self._with_word.get(word, ())
+            for other in having:
+                score[other] += 1 + 1000 // len(having)
+        candidates = [other for other, _ in score.most_common(_RANKED) if other != name]
+        if not candidates and len(self._names) <= _RANKED:
+            candidates = [other for other in self._names if other != name]
+        best, best_ratio = None, CUTOFF
+        for other in candidates:
+            if other.endswith(f".{name}") or name.endswith(f".{other}"):
+                return other
+            ratio = SequenceMatcher(None, name, other, autojunk=False).ratio()
+            if ratio > best_ratio:
+                best, best_ratio = other, ratio
+        return best

@@ -1,0 +1,135 @@
+"""The names of one refit at work: what is put goes through the map, and in the end every rule has been used.
+
+Invariant: what `admit` lets through has a place of its dtype and shape; a call with one name that has none
+is refused as a whole, with all such names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Final
+
+from weightstore.errors import CoverageError
+from weightstore.names.given import describe
+from weightstore.names.hints import Hints
+from weightstore.names.name_map import NameMap
+from weightstore.names.plan import unused_rules
+from weightstore.names.resolve import resolve
+from weightstore.names.router import Router
+from weightstore.names.rows import PROBLEMS, Kind, Row, Stored
+from weightstore.types import Box, TensorSpec, contiguous_stride
+
+if TYPE_CHECKING:
+    from weightstore.copies import Part
+
+_SHOWN: Final = 8
+
+
+class Inlet:
+    """One refit's. Thread-safe, as far as a set is."""
+
+    def __init__(self, names: NameMap, stored: Stored) -> None:
+        self._router = Router(names)
+        self._stored = stored
+        self._used: set[int] = set()
+        self._given = 0
+        self._admitted = 0
+
+    def admit(self, items: Iterable[tuple[str, Any]]) -> tuple[list[tuple[str, Any]], list[Part]]:
+        """What these named tensors are in the store: whole tensors, and parts of fused ones.
+
+        Raises:
+            CoverageError: names that have no place, or not of their dtype or shape; with likely ones.
+            InvalidTensor: something the store cannot hold.
+        """
+        items = [(name, _shaped(name, value)) for name, value in items]
+        rows = resolve(self._router, [describe(name, value) for name, value in items], self._stored)
+        if any(row.kind in PROBLEMS for row in rows):
+            raise self._refusal(rows)
+        values = dict(items)
+        whole: list[tuple[str, Any]] = []
+        parts: list[Part] = []
+        for row in rows:
+            if row.target is None or row.source is None:
+                continue
+            value = values[row.source]
+            if row.box is None:
+                whole.append((row.target, value if row.part is None else _cut(row.source, value, row.part)))
+            else:
+                parts.append(_part(row, value))
+        self._given += len(items)
+        self._admitted += len(whole) + len(parts)
+        self._used.update(number for row in rows for number in row.rules)
+        return whole, parts
+
+    def check_used(self, alone: bool) -> None:
+        """Before the commit. Ranks of a shared refit (not `alone`) may each put what no rule is about.
+
+        Raises:
+            CoverageError: nothing that was given was written, or a rule matched nothing.
+        """
+        if not self._admitted and (alone or self._given):
+            why = (
+                f"all {self._given} tensors given are dropped by its rules"
+                if self._given
+                else "none was given"
+            )
+            raise CoverageError(f"{self._stored.what} writes nothing: {why}")
+        unused = unused_rules(self._router, self._used)
+        if unused and alone and not self._stored.partial:
+            raise CoverageError(
+                f"{self._stored.what}: of {len(self._router.rules)} name rules {len(unused)} matched nothing "
+                f"({'; '.join(unused)}); declare a rule optional=True if it need not match",
+                unused=unused,
+            )
+
+    def _refusal(self, rows: list[Row]) -> CoverageError:
+        wrong: dict[Kind, list[Row]] = {}
+        for row in rows:
+            if row.kind in PROBLEMS:
+                wrong.setdefault(row.kind, []).append(row)
+        stored = Hints(self._stored.records) if Kind.UNKNOWN in wrong else None
+        kinds = []
+        for kind, some in wrong.items():
+            shown = [_shown(row, stored) for row in some[:_SHOWN]] + (["…"] if len(some) > _SHOWN else [])
+            kinds.append(f"{len(some)} {kind.value} ({', '.join(shown)})")
+        details = {
+            "duplicate" if kind is Kind.CONFLICT else kind.value: [row.target for row in some]
+            for kind, some in wrong.items()
+        }
+        return CoverageError(
+            f"{self._stored.what}: {'; '.join(kinds)}; nothing was written by this call", **details
+        )
+
+
+def _shown(row: Row, stored: Hints | None) -> str:
+    text = row.target if row.source == row.target else f"{row.source} as {row.target}"
+    likeness = stored.closest(row.target) if stored and row.kind is Kind.UNKNOWN and row.target else None
+    remarks = [row.note, f"perhaps {likeness}?" if likeness else ""]
+    remark = "; ".join(filter(None, remarks))
+    return f"{text}: {remark}" if remark else str(text)
+
+
+def _shaped(name: str, value: Any) -> Any:
+    """`value`, imported if it is an array that does not tell its shape (DLPack does not ask for it)."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return value
+    from weightstore.tensors import as_tensor
+
+    return as_tensor(name, value)
+
+
+def _cut(name: str, value: Any, part: Box) -> Any:
+    from weightstore.tensors import as_tensor
+
+    return as_tensor(name, value)[tuple(slice(lo, hi) for lo, hi in zip(part.lo, part.hi, strict=True))]
+
+
+def _part(row: Row, value: Any) -> Part:
+    from weightstore.copies import Part
+    from weightstore.tensors import as_tensor
+
+    assert row.source is not None and row.target is not None
+    assert row.box is not None and row.whole is not None
+    whole = TensorSpec(row.target, row.dtype, row.whole, contiguous_stride(row.whole))
+    return Part(row.target, row.dtype, row.box, as_tensor(row.source, value), whole)
