@@ -1,7 +1,7 @@
-"""What the GPU benchmarks share: results written as they come, the machine's facts, memory, and the limit.
+"""What the GPU benchmarks share: memory, an arena without a store, real models' modules, and the limit.
 
-Every rate is compared with a limit measured in the same process: one cuMemcpyAsync between a pinned
-buffer and one device allocation of the same size (`Limit`).
+Every rate is compared with a limit measured in the same process and the same round: one cuMemcpyAsync of
+the same bytes between pinned host memory and device memory (`Limit`).
 """
 
 from __future__ import annotations
@@ -9,25 +9,29 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import platform
-import statistics
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
+from bench.rows import clock
+from bench.shapes import modules_of
 from weightstore.admission import Admission
 from weightstore.arena import Arena
 from weightstore.cuda import driver
 from weightstore.mapping import ArenaMapping
+from weightstore.types import TensorSpec
 
 GIB = 1 << 30
+MIB = 1 << 20
 
 
 class Results:
@@ -45,30 +49,18 @@ class Results:
         print(f"[{section}]", json.dumps(values, default=str), flush=True)
 
 
-def clock(work: Callable[..., object], *args: object) -> float:
-    """Wall-clock seconds of `work(*args)`."""
-    start = time.perf_counter()
-    work(*args)
-    return time.perf_counter() - start
-
-
-def median(values: list[float]) -> float:
-    return statistics.median(values)
-
-
-def machine() -> dict[str, Any]:
+def device_facts() -> dict[str, Any]:
+    """The GPU and the software that drives it."""
     from cuda.bindings import __version__ as bindings
 
-    smi = Path("/proc/driver/nvidia/version")
+    version = Path("/proc/driver/nvidia/version")
+    found = version.read_text().split("\n", 1)[0] if version.exists() else ""
     return {
         "device": torch.cuda.get_device_name(0),
-        "driver": smi.read_text().splitlines()[0].strip() if smi.exists() else "",
-        "cuda_driver_version": driver.call("cuDriverGetVersion"),
+        "driver": next((word for word in found.split() if word[:1].isdigit() and "." in word), found),
+        "driver_cuda": driver.call("cuDriverGetVersion"),
+        "torch_cuda": torch.version.cuda,
         "cuda_bindings": bindings,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "kernel": platform.release(),
-        "cores": len(os.sched_getaffinity(0)),
         "shm": _mount_of("/dev/shm"),
     }
 
@@ -78,23 +70,26 @@ def _mount_of(path: str) -> str:
     return next((f"{fields[2]} {fields[3]}" for fields in lines if fields[1] == path), "")
 
 
-def touch_memory(nbytes: int) -> float:
-    """Touch and free that much anonymous memory: on virtual machines whose memory grows on first touch this
-    keeps the growing out of the measurements. Seconds taken."""
-    start = time.perf_counter()
+def populate(memory: mmap.mmap) -> None:
+    """Have every page of `memory` allocated, by several threads."""
     threads = max(len(os.sched_getaffinity(0)), 1)
-    share = nbytes // threads // 4096 * 4096
-
-    def touch() -> None:
-        with mmap.mmap(-1, share) as part:
-            part.madvise(23)  # MADV_POPULATE_WRITE
-
-    workers = [threading.Thread(target=touch) for _ in range(threads)]
+    share = -(-len(memory) // threads // (2 * MIB)) * 2 * MIB
+    starts = range(0, len(memory), share)
+    workers = [
+        threading.Thread(target=memory.madvise, args=(23, at, min(share, len(memory) - at)))  # POPULATE_WRITE
+        for at in starts
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    return time.perf_counter() - start
+
+
+def touch_memory(nbytes: int) -> float:
+    """Touch and free that much anonymous memory: on virtual machines whose memory grows on first touch this
+    keeps the growing out of the measurements. Seconds taken."""
+    with mmap.mmap(-1, nbytes) as memory:
+        return clock(populate, memory)
 
 
 @dataclass
@@ -126,36 +121,72 @@ def raw_segment(nbytes: int, window: int = GIB) -> Iterator[Segment]:
 
 
 class Limit:
-    """The time of one copy of exactly `nbytes` bytes between pinned memory and the device, either way."""
+    """One copy between pinned memory and the device, either way. Up to `nbytes` bytes; `close` it."""
 
     def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
+        self.nbytes = -(-nbytes // (2 * MIB)) * 2 * MIB
         self._device = driver.device(0)
+        self._memory = mmap.mmap(-1, self.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory.madvise(mmap.MADV_HUGEPAGE)
+        populate(self._memory)
+        self._host = np.frombuffer(self._memory, np.uint8, 1).ctypes.data
         with self._device.current():
-            start = time.perf_counter()
-            self._host = int(driver.call("cuMemHostAlloc", nbytes, 0))
-            self.alloc_seconds = time.perf_counter() - start
+            driver.call("cuMemHostRegister", self._host, self.nbytes, 0)
+        self._block: torch.Tensor | None = None
 
-    def measure(self, samples: int = 4) -> dict[str, float]:
-        """Best seconds of each direction, of some samples (the first touches new device memory)."""
-        block = torch.empty(self.nbytes, dtype=torch.uint8, device="cuda")
-        times: dict[str, list[float]] = {"h2d": [], "d2h": []}
-        torch.cuda.synchronize()
-        with self._device.current():
-            for _ in range(samples):
-                for name, target, source in (
-                    ("h2d", block.data_ptr(), self._host),
-                    ("d2h", self._host, block.data_ptr()),
-                ):
-                    times[name].append(clock(self._copy, target, source))
-        del block
+    def h2d(self, nbytes: int) -> float:
+        """Seconds of one host-to-device copy, from and to an idle device."""
+        return clock(self._copy, self._on_device(nbytes), self._host, nbytes)
+
+    def d2h(self, nbytes: int) -> float:
+        return clock(self._copy, self._host, self._on_device(nbytes), nbytes)
+
+    def free_device(self) -> None:
+        """Give the device's side back."""
+        self._block = None
         torch.cuda.empty_cache()
-        return {name: min(found) for name, found in times.items()}
-
-    def _copy(self, target: int, source: int) -> None:
-        driver.call("cuMemcpyAsync", target, source, self.nbytes, driver.LEGACY_STREAM)
-        driver.call("cuStreamSynchronize", driver.LEGACY_STREAM)
 
     def close(self) -> None:
+        self.free_device()
         with self._device.current():
-            driver.call("cuMemFreeHost", self._host)
+            driver.call("cuMemHostUnregister", self._host)
+
+    def _on_device(self, nbytes: int) -> int:
+        if self._block is None or self._block.nbytes < nbytes:
+            self.free_device()
+            self._block = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+            self._copy(self._block.data_ptr(), self._host, nbytes)  # new device memory is slower once
+        torch.cuda.synchronize()
+        return self._block.data_ptr()
+
+    def _copy(self, target: int, source: int, nbytes: int) -> None:
+        with self._device.current():
+            driver.call("cuMemcpyAsync", target, source, nbytes, driver.LEGACY_STREAM)
+            driver.call("cuStreamSynchronize", driver.LEGACY_STREAM)
+
+
+def random_modules(specs: Iterable[TensorSpec]) -> dict[str, nn.Module]:
+    """Modules on the GPU with these tensors by component, of random bytes."""
+    modules = modules_of(specs, "cuda")
+    for module in modules.values():
+        scramble(module.parameters())
+    return modules
+
+
+def scramble(tensors: Iterable[torch.Tensor]) -> None:
+    """New random bytes, in place."""
+    with torch.no_grad():
+        for tensor in tensors:
+            if tensor.dim():
+                tensor.data.view(torch.uint8).random_(0, 256)
+
+
+def large_and_small(count: int, large: int, large_bytes: int, small_bytes: int) -> list[TensorSpec]:
+    """Specs of one component: `large` tensors of `large_bytes`, the others of up to `small_bytes`, mixed as
+    the weights and norms of a transformer are."""
+    every = max(count // large, 1)
+    specs = []
+    for i in range(count):
+        nbytes = large_bytes if i % every == 0 else 256 + (i * 7919) % small_bytes // 256 * 256
+        specs.append(TensorSpec(f"transformer.t{i}.weight", "bfloat16", (nbytes // 2,), (1,)))
+    return specs

@@ -1,0 +1,82 @@
+"""`python -m bench gpu`: what sleep, wake, refit and put cost on a GPU, next to what its link can do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from pathlib import Path
+from subprocess import CalledProcessError
+from typing import Final
+
+import click
+import torch
+
+from bench.gpu_common import device_facts, touch_memory
+from bench.gpu_settings import QUICK, GpuSettings
+from bench.report import RESULTS, Report, slug
+from bench.rows import Row
+from weightstore.cuda import driver
+from weightstore.errors import DeviceError
+
+SECTIONS: Final[dict[str, str]] = {
+    "peers": "bench.gpu_peers",
+    "cycle": "bench.gpu_cycle",
+    "many": "bench.gpu_many",
+    "relaunch": "bench.gpu_relaunch",
+}
+"""What can be measured by itself, and the module with a function of that name."""
+
+
+@click.command("gpu")
+@click.option("--quick", is_flag=True, help="A few small samples: shows that everything works, not how fast.")
+@click.option(
+    "--only", metavar="A,B", help=f"Some of the sections: {', '.join(SECTIONS)}.  [default: all of them]"
+)
+@click.option("--rounds", metavar="N", type=click.IntRange(min=1), help="Samples of everything.")
+@click.option(
+    "--warm/--no-warm", default=True, help="Touch the host's memory first, on machines that grow it."
+)
+@click.option(
+    "--out",
+    metavar="PATH",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where to write JSON, whole after every row.  [default: bench/results/gpu-<device>.json; with "
+    "--quick or --only none]",
+)
+def gpu_command(quick: bool, only: str | None, rounds: int | None, warm: bool, out: Path | None) -> None:
+    """Measure sleep, wake, refit, put and relaunch of FLUX.1-dev on GPU 0.
+
+    Needs an 80 GB GPU, 128 GiB of memory, 90 GiB in /dev/shm and about six minutes; --quick needs little.
+    """
+    usable, reason = driver.available()
+    if not usable:
+        raise click.ClickException(f"no GPU can be used: {reason}")
+    settings = QUICK if quick else GpuSettings()
+    if rounds is not None:
+        settings = dataclasses.replace(settings, rounds=rounds)
+    sections = list(SECTIONS) if only is None else only.split(",")
+    if unknown := [name for name in sections if name not in SECTIONS]:
+        raise click.BadParameter(f"no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+    torch.zeros(1, device="cuda")
+    facts = device_facts()
+    if out is None and not quick and only is None:
+        out = RESULTS / f"gpu-{slug(facts['device'])}.json"
+    report = Report(out, dataclasses.asdict(settings) | facts | {"quick": quick, "sections": sections})
+    if settings.warm_memory and warm:
+        click.echo(f"touched memory in {touch_memory(settings.warm_memory):.0f} s", err=True)
+    for section in sections:
+        measure: Callable[[GpuSettings], Iterable[Row]] = getattr(import_module(SECTIONS[section]), section)
+        click.echo(f"{section} …", err=True)
+        try:
+            for row in measure(settings):
+                report.add(row)
+                click.echo(
+                    f"  {row.key}: {row.ratio if row.ratio is not None else row.measured:.4g}", err=True
+                )
+        except (DeviceError, CalledProcessError) as error:
+            click.echo(f"{section} ended early: {error}", err=True)
+    report.write(complete=True)
+    report.print_table()
+    if out is not None:
+        click.echo(f"written to {out}")
