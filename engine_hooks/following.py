@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine_hooks.plan import Layout, Records, by_component, misfits
-from weightstore.errors import AttachError, StoreGone, StoreTimeout, TagTorn, WeightstoreError
+from weightstore.errors import AttachError, LeaseLost, StoreGone, StoreTimeout, WeightstoreError
 from weightstore.mapping import ArenaMapping
 
 if TYPE_CHECKING:
@@ -107,13 +107,16 @@ class Following:
             raise
 
     def current(self) -> Held:
-        """The version in the images, with its bytes still in the arena. Raises TagTorn, LeaseLost."""
+        """The version in the images, with its bytes still in the arena.
+
+        Raises LeaseLost, TagTorn; AttachError if a refit let go of it for one that does not fit.
+        """
         lease = self._lease
         lease.require_readable(lease.version)
-        if lease.version != self.held.version:
-            raise TagTorn(
-                f"version {self.held.version}, which the components on the device hold, is gone: the lease "
-                f"had to move on to version {lease.version}. Call refit() first",
+        if self._fitting() is not self.held:
+            raise LeaseLost(
+                f"version {self.held.version}, which the components on the device hold, was let go for "
+                f"version {lease.version}; call refit() first",
                 held=self.held.version,
                 version=lease.version,
             )

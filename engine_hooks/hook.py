@@ -197,8 +197,7 @@ class EngineHook:
         If everything slept they get the newest version, else the version the others hold.
 
         Raises:
-            TagTorn: an in-place refit has not committed; or it has, and the version that the others hold is
-                gone: refit() first.
+            TagTorn: an in-place refit of the tag has not committed.
             LeaseLost: the store no longer has what was held; attach anew.
             DeviceMemoryError: too little memory. As after any error, all is as before and can be retried.
             AttachError: the newest version has other tensors than the modules, or somebody replaced those.

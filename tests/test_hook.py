@@ -192,12 +192,26 @@ def test_a_sleeping_engine_wakes_on_the_newest_version(store: Store, model: str)
         assert [len(names) for names in told] == [4, 0]
 
 
-def test_a_refit_after_the_trainer_said_so_is_never_missed(store: Store, model: str) -> None:
-    engine = net()
-    with EngineHook.attach(store, model, {"net": engine}) as hook:
-        for seed in range(1, 30):
-            version = publish(store, model, {"net": net(seed, 32)})
-            assert hook.refit().version == version
+def test_a_version_that_was_committed_is_never_missed(
+    store: Store, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(store, model, {"net": net()})
+    asked = threading.Event()
+    with (
+        weightstore.connect(store.socket) as engine_store,
+        # Told before the hook's lease, on the same thread: the hook's offer is on its way, and stays there.
+        engine_store.lease(model, follow=True, on_offer=lambda _: asked.wait(PATIENCE)),
+        EngineHook.attach(engine_store, model, {"net": net()}) as hook,
+    ):
+        wait_for = engine_store.wait_for
+
+        def ask(*args: object, **how: object) -> int:
+            asked.set()
+            return wait_for(*args, **how)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(engine_store, "wait_for", ask)
+        assert publish(store, model, {"net": net(1)}) == 2
+        assert hook.refit().version == 2
 
 
 def test_versions_never_mix(store: Store, model: str) -> None:
@@ -279,6 +293,8 @@ def test_a_version_with_other_tensors_is_refused_and_the_old_one_stays(store: St
         assert "version 2" in caught.value.message
         assert hook.version == 1
         assert torch.equal(engine(X), net()(X))
+        with pytest.raises(AttachError, match="version 2"):
+            hook.verify()  # there is nothing any more to compare with
         # The next one fits again. Places of version 1 may have been reused meanwhile: all is copied.
         publish(store, model, {"net": net(2)}, fresh=True)
         report = hook.refit()
@@ -520,7 +536,8 @@ def test_state_that_cannot_be_restored_fails_the_wake_whole(
     from engine_hooks.state import EngineState
 
     engine = net()
-    with EngineHook.attach(store, model, {"net": engine}) as hook:
+    backend = Faulty()
+    with EngineHook.attach(store, model, {"net": engine}, backend=backend) as hook:
         engine(X)
         hook.sleep()
 
@@ -532,17 +549,36 @@ def test_state_that_cannot_be_restored_fails_the_wake_whole(
             with pytest.raises(RuntimeError):
                 hook.wake()
         assert hook.state is State.ASLEEP
+        assert not any(image.mapped for image in backend._images)
         hook.wake()
         assert int(engine.steps) == 1
+
+
+def test_state_that_cannot_be_saved_keeps_everything_awake(
+    store: Store, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine_hooks.state import EngineState
+
+    modules = {"a": net(0), "b": net(1)}
+    with EngineHook.attach(store, model, modules) as hook:
+        saved = []
+        save = EngineState.save
+
+        def fail_second(self: EngineState, image: torch.Tensor) -> int:
+            if saved:
+                raise RuntimeError("out of memory")
+            saved.append(save(self, image))
+            return saved[0]
+
         with monkeypatch.context() as patch:
-            patch.setattr(EngineState, "save", fail)
+            patch.setattr(EngineState, "save", fail_second)
             with pytest.raises(RuntimeError):
                 hook.sleep()
         assert hook.state is State.AWAKE
-        engine(X)
+        modules["a"](X)  # later than what was saved of it
         hook.sleep()
         hook.wake()
-        assert int(engine.steps) == 2
+        assert int(modules["a"].steps) == 1
 
 
 def test_an_unmap_that_fails_half_way_leaves_what_is_true(store: Store, model: str) -> None:

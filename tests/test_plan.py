@@ -225,6 +225,15 @@ class TestRuns:
             assert all(run.target % ALIGN == 0 and run.nbytes for run in plan)
             assert abs(total_bytes(plan) - share) <= 2 * ALIGN
 
+    @given(placed(), st.sets(st.integers(0, 12)))
+    def test_the_quick_way_to_coalesced_runs_is_the_plain_way(
+        self, records: dict[str, TensorRecord], picked: set[int]
+    ) -> None:
+        slots = [slot for index, slot in enumerate(lay_out(records.values()).slots) if index not in picked]
+        elsewhere = moved(records, picked, ARENA // 2)
+        for version in (records, elsewhere):
+            assert runs_for(slots, version) == coalesce(run for _, run in slot_runs(slots, version))
+
     @given(placed())
     def test_coalescing_loses_no_byte_and_reads_only_padding_besides(
         self, records: dict[str, TensorRecord]
