@@ -253,7 +253,7 @@ class Refit:
         with self._planning, self._idle:
             self._require_open()
             if self._inlet is not None:
-                self._inlet.check_used(self._alone)
+                self._inlet.check_used(self._alone, self._ledger.tensors > 0)
             self._move(State.COMMITTING)
         try:
             self.drain()

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from weightstore.checkpoint.contents import Contents, SafetensorsFile
+from weightstore.checkpoint.intake import Intake, intake
 from weightstore.checkpoint.transfer import (
     Job,
     Progress,
@@ -28,10 +29,11 @@ from weightstore.checkpoint.transfer import (
     piece_job,
     strided_jobs,
 )
-from weightstore.types import DEFAULT_TAG, TensorRecord
+from weightstore.types import DEFAULT_TAG, TensorRecord, is_dense
 
 if TYPE_CHECKING:
     from weightstore.client import Store
+    from weightstore.names import NameMap
 
 
 class LoadReport(msgspec.Struct, frozen=True):
@@ -68,6 +70,7 @@ def load_checkpoint(
     *,
     prefix: str = "",
     variant: str | None = None,
+    names: NameMap | None = None,
 ) -> LoadReport:
     """Make the checkpoint at `path` the next version of `model`, and `tag` name it.
 
@@ -77,8 +80,10 @@ def load_checkpoint(
         progress: called on this thread with (bytes read, bytes in all).
         prefix: put before every name: ``transformer.`` for a directory with that component alone.
         variant: which variant of a directory's files to read, such as ``fp16``.
+        names: how the checkpoint's names, `prefix` included, become stored names; None: as they are.
 
     Raises:
+        CoverageError: `names` does not make one version of it. Nothing was changed in the store.
         CheckpointError: nothing there, a file or index that is not what it should be, or one that
             changed while it was read. Nothing was changed in the store.
         StorageError: reading failed. Nothing was changed in the store.
@@ -86,42 +91,39 @@ def load_checkpoint(
     """
     started = time.perf_counter()
     with Contents(path, prefix, variant) as contents:
+        taken = intake(contents, names, f"loading {model!r} tag {tag!r}")
         with store.refit(model, tag=tag, fresh=True) as refit:
-            records = refit.reserve(contents.specs)
+            records = refit.reserve(taken.specs)
             reading = time.perf_counter()
-            move_all(_jobs(contents, records, refit.mapping.buffer), progress)
+            move_all(_jobs(contents, taken, records, refit.mapping.buffer), progress)
             contents.check_unchanged()
             read_seconds = time.perf_counter() - reading
-            refit.wrote(contents.sources)
+            refit.wrote(taken.pieces)
         return LoadReport(
             model=model,
             tag=tag,
             version=refit.report.version,
             layout=contents.checkpoint.layout,
             files=len(contents.files),
-            tensors=len(contents.sources),
-            ties=len(contents.specs) - len(contents.sources),
-            nbytes=contents.nbytes,
+            tensors=len(taken.pieces),
+            ties=len(taken.specs) - len(taken.pieces),
+            nbytes=taken.nbytes,
             seconds=time.perf_counter() - started,
             read_seconds=read_seconds,
             skipped=contents.checkpoint.skipped,
         )
 
 
-def _jobs(contents: Contents, records: Iterable[TensorRecord], arena: memoryview) -> list[Job]:
+def _jobs(contents: Contents, taken: Intake, records: Iterable[TensorRecord], arena: memoryview) -> list[Job]:
     """What to read: per file the tensors whose bytes lie in the arena as in the file, then the others."""
     placed: dict[SafetensorsFile, list[tuple[int, int, int]]] = {file: [] for file in contents.files}
     strided = []
-    for record in records:
-        source = contents.sources.get(record.name)
-        if source is None:
-            continue  # a tie: its bytes come with its target
-        tensor = source.tensor
-        if is_row_major(record.shape, record.stride):
-            placed[source.file].append((tensor.begin, record.offset, tensor.nbytes))
+    for read in taken.reads(records):
+        place, file = read.place, read.source.file
+        if is_row_major(place.shape, place.stride) and is_dense(place.shape, place.stride):
+            placed[file].append((read.begin, place.offset, place.nbytes))
         else:
-            name = str(source.file.path)
-            strided += strided_jobs(os.preadv, source.file.fd, tensor.begin, record, arena, name)
+            strided += strided_jobs(os.preadv, file.fd, read.begin, place, arena, str(file.path))
     straight = [
         piece_job(os.preadv, file.fd, piece, arena, str(file.path))
         for file, triples in placed.items()

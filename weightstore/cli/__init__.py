@@ -19,6 +19,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "serve": ("serve", "Run a store: own an arena and serve it on a socket."),
     "status": ("status", "Show models, versions, tags, leases, refits and arena use."),
     "load": ("checkpoint", "Load a checkpoint into the store as a new version."),
+    "plan": ("plan", "Dry run: what of a checkpoint would become which stored tensor."),
     "save": ("checkpoint", "Save a version as a checkpoint."),
     "verify": ("catalog", "Recompute checksums and compare."),
     "tag": ("catalog", "List, move or delete tags, as `git tag` does."),

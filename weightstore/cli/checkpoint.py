@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import click
 
-from weightstore.cli.options import MODEL, TAG, connect, size, socket_option
+from weightstore.cli.options import MODEL, TAG, connect, map_option, read_map, size, socket_option
 from weightstore.sizes import format_size
 from weightstore.types import DEFAULT_TAG
 
@@ -24,11 +24,19 @@ Progress = Callable[[int, int], None]
     "--prefix", default="", help="Put before every name, e.g. 'transformer.' for that component alone."
 )
 @click.option("--variant", help="Which variant of a directory's files to read, e.g. fp16.")
+@map_option
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar, no summary.")
 @click.argument("model", type=MODEL)
 @click.argument("path", type=click.Path())
 def load_command(
-    socket: str | None, tag: str, prefix: str, variant: str | None, quiet: bool, model: str, path: str
+    socket: str | None,
+    tag: str,
+    prefix: str,
+    variant: str | None,
+    map_file: str | None,
+    quiet: bool,
+    model: str,
+    path: str,
 ) -> None:
     """Load the checkpoint at PATH as the next version of MODEL.
 
@@ -37,8 +45,11 @@ def load_command(
     """
     from weightstore.checkpoint.load import load_checkpoint
 
+    names = read_map(map_file)
     with connect(socket) as store, _bar(f"loading {model}", quiet) as progress:
-        report = load_checkpoint(store, model, path, tag, progress, prefix=prefix, variant=variant)
+        report = load_checkpoint(
+            store, model, path, tag, progress, prefix=prefix, variant=variant, names=names
+        )
     if quiet:
         return
     ties = f" and {report.ties} ties" if report.ties else ""

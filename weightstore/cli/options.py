@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -13,6 +14,7 @@ from weightstore.types import check_name
 
 if TYPE_CHECKING:
     from weightstore.client import Store
+    from weightstore.names import NameMap
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -56,6 +58,29 @@ def socket_option(command: F) -> F:
         help="Socket of the store.  [default: $WEIGHTSTORE_SOCKET, else "
         "$XDG_RUNTIME_DIR/weightstore/store.sock, else /tmp/weightstore-UID/store.sock]",
     )(command)
+
+
+def map_option(command: F) -> F:
+    """Add --map FILE; `read_map` reads it."""
+    return click.option(
+        "--map",
+        "map_file",
+        metavar="FILE",
+        type=click.Path(),
+        help="Name map (JSON) to put the names through.",
+    )(command)
+
+
+def read_map(path: str | None) -> NameMap | None:
+    """The name map in a file; None for no file."""
+    if path is None:
+        return None
+    from weightstore.names import NameMap
+
+    try:
+        return NameMap.from_json(Path(path).read_bytes())
+    except UsageError as error:
+        raise UsageError(f"{path}: {error.message}") from None
 
 
 def connect(socket: str | None) -> Store:

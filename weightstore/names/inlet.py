@@ -7,22 +7,20 @@ is refused as a whole, with all such names.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from weightstore.errors import CoverageError
 from weightstore.names.given import describe
-from weightstore.names.hints import Hints
 from weightstore.names.name_map import NameMap
-from weightstore.names.plan import unused_rules
+from weightstore.names.plan import hinted, unused_rules
+from weightstore.names.refusal import refusal
 from weightstore.names.resolve import resolve
 from weightstore.names.router import Router
-from weightstore.names.rows import PROBLEMS, Kind, Row, Stored
+from weightstore.names.rows import PROBLEMS, Row, Stored
 from weightstore.types import Box, TensorSpec, contiguous_stride
 
 if TYPE_CHECKING:
     from weightstore.copies import Part
-
-_SHOWN: Final = 8
 
 
 class Inlet:
@@ -45,7 +43,8 @@ class Inlet:
         items = [(name, _shaped(name, value)) for name, value in items]
         rows = resolve(self._router, [describe(name, value) for name, value in items], self._stored)
         if any(row.kind in PROBLEMS for row in rows):
-            raise self._refusal(rows)
+            rows = hinted(rows, [], self._stored)
+            raise refusal(self._stored.what, rows, "nothing was written by this call")
         values = dict(items)
         whole: list[tuple[str, Any]] = []
         parts: list[Part] = []
@@ -62,13 +61,14 @@ class Inlet:
         self._used.update(number for row in rows for number in row.rules)
         return whole, parts
 
-    def check_used(self, alone: bool) -> None:
-        """Before the commit. Ranks of a shared refit (not `alone`) may each put what no rule is about.
+    def check_used(self, alone: bool, wrote: bool) -> None:
+        """Before the commit. Ranks of a shared refit (not `alone`) may each put what no rule is about, or
+        nothing; `wrote` is whether this one has written something, through the map or past it.
 
         Raises:
             CoverageError: nothing that was given was written, or a rule matched nothing.
         """
-        if not self._admitted and (alone or self._given):
+        if not wrote and not self._admitted and (alone or self._given):
             why = (
                 f"all {self._given} tensors given are dropped by its rules"
                 if self._given
@@ -82,32 +82,6 @@ class Inlet:
                 f"({'; '.join(unused)}); declare a rule optional=True if it need not match",
                 unused=unused,
             )
-
-    def _refusal(self, rows: list[Row]) -> CoverageError:
-        wrong: dict[Kind, list[Row]] = {}
-        for row in rows:
-            if row.kind in PROBLEMS:
-                wrong.setdefault(row.kind, []).append(row)
-        stored = Hints(self._stored.records) if Kind.UNKNOWN in wrong else None
-        kinds = []
-        for kind, some in wrong.items():
-            shown = [_shown(row, stored) for row in some[:_SHOWN]] + (["…"] if len(some) > _SHOWN else [])
-            kinds.append(f"{len(some)} {kind.value} ({', '.join(shown)})")
-        details = {
-            "duplicate" if kind is Kind.CONFLICT else kind.value: [row.target for row in some]
-            for kind, some in wrong.items()
-        }
-        return CoverageError(
-            f"{self._stored.what}: {'; '.join(kinds)}; nothing was written by this call", **details
-        )
-
-
-def _shown(row: Row, stored: Hints | None) -> str:
-    text = row.target if row.source == row.target else f"{row.source} as {row.target}"
-    likeness = stored.closest(row.target) if stored and row.kind is Kind.UNKNOWN and row.target else None
-    remarks = [row.note, f"perhaps {likeness}?" if likeness else ""]
-    remark = "; ".join(filter(None, remarks))
-    return f"{text}: {remark}" if remark else str(text)
 
 
 def _shaped(name: str, value: Any) -> Any:

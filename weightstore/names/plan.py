@@ -11,6 +11,7 @@ import msgspec
 
 from weightstore.names.hints import Hints
 from weightstore.names.name_map import NameMap
+from weightstore.names.refusal import refusal
 from weightstore.names.resolve import resolve
 from weightstore.names.router import Router
 from weightstore.names.rows import PROBLEMS, WRITTEN, Given, Kind, Row, Stored
@@ -48,11 +49,20 @@ class Plan(msgspec.Struct, frozen=True):
         """Why it would not commit, a line for each kind of reason."""
         counts = self.counts
         lines = [f"{counts[kind]} {kind.value}" for kind in Kind if kind in PROBLEMS and counts[kind]]
-        lines += [f"{rule} matches nothing; declare it optional if it need not" for rule in self.unused]
-        if not any(counts[kind] for kind in WRITTEN):
+        return (*lines, *self._beyond_rows())
+
+    def raise_for_problems(self) -> None:
+        """Raise CoverageError, with all names by kind, unless it would commit."""
+        if not self.ok:
+            more = [*self._beyond_rows(), *filter(None, [self.advice])]
+            raise refusal(self.what, self.rows, "nothing was written", more)
+
+    def _beyond_rows(self) -> list[str]:
+        lines = [f"{rule} matches nothing; declare it optional if it need not" for rule in self.unused]
+        if not any(row.kind in WRITTEN for row in self.rows):
             given = sum(1 for row in self.rows if row.source is not None)
             lines.append(f"nothing would be written: of {given} tensors given none has a place")
-        return tuple(lines)
+        return lines
 
     @property
     def advice(self) -> str:
@@ -97,7 +107,7 @@ def plan(names: NameMap, given: Iterable[Given], stored: Stored) -> Plan:
     missing = [] if not stored.records else _missing(rows, stored)
     used = {number for row in rows for number in row.rules}
     unused = [] if stored.partial else unused_rules(router, used)
-    return Plan(stored.what, tuple(_hinted(rows, missing, stored)), tuple(unused))
+    return Plan(stored.what, tuple(hinted(rows, missing, stored)), tuple(unused))
 
 
 def unused_rules(router: Router, used: Iterable[int]) -> list[str]:
@@ -132,7 +142,7 @@ def _missing(rows: list[Row], stored: Stored) -> list[Row]:
     return missing
 
 
-def _hinted(rows: list[Row], missing: list[Row], stored: Stored) -> list[Row]:
+def hinted(rows: list[Row], missing: list[Row], stored: Stored) -> list[Row]:
     """All rows, the unknown and the missing ones with the name that was perhaps meant."""
     unknown = [row for row in rows if row.kind is Kind.UNKNOWN and row.target]
     if not unknown:
