@@ -80,7 +80,7 @@ class Allocator:
         places = self._contiguous(block, spans) if block is not None else self._scattered(spans)
         if places is None:
             raise NoSpace(total, self.shortfall(total))
-        for offset, span in _merged(zip(places, spans, strict=True)):
+        for offset, span in _merged(list(zip(places, spans, strict=True))):
             self._take(offset, span)
         return [Extent(p if n else self.start, n) for p, n in zip(places, sizes, strict=True)]
 
@@ -100,7 +100,7 @@ class Allocator:
         Raises:
             ValueError: a range is not wholly free. Ranges before it stay claimed.
         """
-        for offset, span in _merged((e.offset, align_up(e.nbytes, self.align)) for e in extents):
+        for offset, span in _merged([(e.offset, align_up(e.nbytes, self.align)) for e in extents]):
             self._take(offset, span)
 
     def release(self, extents: Iterable[Extent]) -> None:
@@ -109,7 +109,7 @@ class Allocator:
         Raises:
             ValueError: an extent is not wholly in use (our own bug). Nothing is released.
         """
-        ranges = list(_merged((e.offset, align_up(e.nbytes, self.align)) for e in extents))
+        ranges = _merged([(e.offset, align_up(e.nbytes, self.align)) for e in extents])
         for offset, span in ranges:
             i = bisect_left(self._starts, offset)
             before = self._starts[i - 1] if i else None
@@ -183,15 +183,17 @@ class Allocator:
         self._blocks[offset] = span
 
 
-def _merged(ranges: Iterable[tuple[int, int]]) -> Iterable[tuple[int, int]]:
+def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Non-empty (offset, span) ranges, sorted, with touching ones joined: fewer list operations."""
-    current: list[int] | None = None
-    for offset, span in sorted(r for r in ranges if r[1]):
-        if current is not None and current[0] + current[1] == offset:
-            current[1] += span
-        else:
-            if current is not None:
-                yield current[0], current[1]
-            current = [offset, span]
-    if current is not None:
-        yield current[0], current[1]
+    merged: list[tuple[int, int]] = []
+    start = end = -1
+    for offset, span in sorted(ranges):
+        if span and offset == end:
+            end += span
+        elif span:
+            if end > start:
+                merged.append((start, end - start))
+            start, end = offset, offset + span
+    if end > start:
+        merged.append((start, end - start))
+    return merged

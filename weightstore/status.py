@@ -77,7 +77,7 @@ def _model(catalog: Catalog, model: Model) -> ModelStatus:
             )
             for v in sorted(model.versions.values(), key=lambda v: v.number)
         ],
-        components=newest.components(),
+        components=newest.components,
     )
 
 

@@ -7,6 +7,9 @@ Invariants:
 - an offset is counted in bytes from the start of the arena; a tensor starts at a multiple of ALIGN;
 - a stride is counted in elements, as torch does, and never negative;
 - a tensor is dense: its elements occupy exactly ``nbytes`` bytes, in the order its stride gives.
+
+The structs hold nothing that could form a cycle, so the garbage collector is spared them (``gc=False``):
+thousands of records made at once would set it off, and with torch loaded a full collection takes 100 ms.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
 _TENSOR_NAME = re.compile(r"[!-~]+")
 
 
-class Extent(msgspec.Struct, frozen=True, array_like=True, order=True):
+class Extent(msgspec.Struct, frozen=True, array_like=True, order=True, gc=False):
     """A byte range of the arena."""
 
     offset: int
@@ -63,7 +66,7 @@ class Extent(msgspec.Struct, frozen=True, array_like=True, order=True):
         return self.offset + self.nbytes
 
 
-class Box(msgspec.Struct, frozen=True, array_like=True):
+class Box(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The part of a tensor one writer wrote: elements ``lo[d] <= index < hi[d]`` in each dimension."""
 
     lo: tuple[int, ...]
@@ -79,7 +82,7 @@ class Box(msgspec.Struct, frozen=True, array_like=True):
         )
 
 
-class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
+class TensorSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a writer says of a tensor before it has a place: name, dtype, shape, stride in elements.
 
     `alias_of` names another tensor of the same refit or base whose bytes this one shares (a tie).
@@ -92,7 +95,7 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
     alias_of: str | None = None
 
 
-class TensorRecord(msgspec.Struct, frozen=True, array_like=True):
+class TensorRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A tensor with its place: `nbytes` bytes at `offset`. Tied tensors have equal extents.
 
     `encoding` says how the bytes are to be read; only ``raw`` (the tensor's own bytes) exists.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from struct import Struct as Packer
-from typing import Any, Final, Optional, cast
+from typing import Any, Final, cast
 
 import msgspec
 
@@ -87,7 +87,7 @@ class Reserve(_Request, frozen=True, kw_only=True):
     specs: list[TensorSpec]
 
 
-class Write(msgspec.Struct, frozen=True, array_like=True):
+class Write(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One tensor (or, with `box`, a part of one) that the writer has finished writing."""
 
     name: str
@@ -438,6 +438,6 @@ def encode_records(records: Iterable[TensorRecord] | None) -> msgspec.Raw:
 
 def decode_records(raw: msgspec.Raw) -> list[TensorRecord] | None:
     try:
-        return cast(Optional[list[TensorRecord]], _records_decoder.decode(raw))
+        return cast(list[TensorRecord] | None, _records_decoder.decode(raw))
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise ProtocolError(f"malformed tensor records: {error}") from None

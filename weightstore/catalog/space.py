@@ -58,7 +58,7 @@ class Space:
             free=self._allocator.free_bytes,
             reachable=self._reachable,
             pending=self._pending,
-            quarantined=sum(_span(e) for debt in self.debts for e in debt.extents),
+            quarantined=sum(_bytes_taken(debt.extents) for debt in self.debts),
             largest_free=self._allocator.largest_free,
         )
 
@@ -73,13 +73,13 @@ class Space:
     def reserve(self, sizes: Sequence[int]) -> list[Extent]:
         """Space for an open refit. Raises NoSpace."""
         extents = self._allocator.reserve(sizes)
-        self._pending += sum(_span(e) for e in extents)
+        self._pending += _bytes_taken(extents)
         return extents
 
     def give_up(self, refit: int, extents: Sequence[Extent], holdouts: Iterable[Writer]) -> None:
         """An open refit ends in nothing: free its (non-empty) extents, or quarantine them while writers
         hold out."""
-        self._pending -= sum(_span(e) for e in extents)
+        self._pending -= _bytes_taken(extents)
         waiting = set(holdouts)
         if waiting and extents:
             self.debts.append(Debt(refit, tuple(extents), waiting))
@@ -105,27 +105,30 @@ class Space:
 
     def publish(self, pending: Iterable[Extent]) -> None:
         """Extents of a refit that now commits leave its hand; `refer` must follow."""
-        self._pending -= sum(_span(e) for e in pending)
+        self._pending -= _bytes_taken(pending)
 
     def refer(self, extents: Iterable[Extent]) -> None:
         """One more live version refers to these (distinct, non-empty) extents."""
+        references = self._references
+        new = []
         for extent in extents:
-            count = self._references.get(extent, 0)
-            self._references[extent] = count + 1
+            count = references.get(extent, 0)
+            references[extent] = count + 1
             if not count:
-                self._reachable += _span(extent)
+                new.append(extent)
+        self._reachable += _bytes_taken(new)
 
     def drop(self, extents: Iterable[Extent]) -> None:
         """One version fewer refers to these extents; the last reference frees them."""
+        references = self._references
         freed = []
         for extent in extents:
-            count = self._references[extent] - 1
+            count = references.pop(extent) - 1
             if count:
-                self._references[extent] = count
+                references[extent] = count
             else:
-                del self._references[extent]
                 freed.append(extent)
-        self._reachable -= sum(_span(e) for e in freed)
+        self._reachable -= _bytes_taken(freed)
         self._allocator.release(freed)
 
     def shared(self, extents: Iterable[Extent]) -> bool:
@@ -149,5 +152,5 @@ class Space:
             self.debts.append(debt)
 
 
-def _span(extent: Extent) -> int:
-    return align_up(extent.nbytes)
+def _bytes_taken(extents: Iterable[Extent]) -> int:
+    return sum([align_up(extent.nbytes) for extent in extents])

@@ -14,10 +14,11 @@ what to write, but nobody may read it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from enum import Enum
+from functools import cached_property
 from typing import Final
 
 import msgspec
@@ -58,8 +59,11 @@ class Version:
     checksummed: bool = False
 
     def __post_init__(self) -> None:
-        self.extents: frozenset[Extent] = frozenset(r.extent for r in self.records.values() if r.nbytes)
-        self.nbytes = sum(e.nbytes for e in self.extents)
+        places = [Extent(r.offset, r.nbytes) for r in self.records.values() if r.nbytes]
+        # A set that keeps the records' order, which mostly is the arena's: what is done to all of them then
+        # finds them sorted.
+        self.extents: Set[Extent] = dict.fromkeys(places).keys()
+        self.nbytes = sum([e.nbytes for e in self.extents])
 
     def move(self, state: VersionState) -> None:
         if state is self.state:
@@ -68,6 +72,7 @@ class Version:
             raise ValueError(f"version {self.number} cannot go from {self.state.value} to {state.value}")
         self.state = state
 
+    @cached_property
     def components(self) -> dict[str, int]:
         """Bytes of each component; an extent shared by several names counts for the first."""
         sizes: dict[str, int] = {}
