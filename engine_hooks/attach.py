@@ -164,13 +164,13 @@ def lease_or_publish(
         try:
             return store.lease(model, tag=tag, follow=True), False
         except UnknownModel:
-            tensors = publishable(modules)
+            publishable(modules)  # or says why not, before anything is opened
         try:
             with store.refit(model, tag=tag) as refit:
                 if refit.base:
                     refit.abort("the model was published meanwhile")
                     continue
-                refit.put_many(tensors)
+                refit.put_many(publishable(modules))
             return store.lease(model, tag=tag, follow=True), True
         except RefitConflict:
             left = deadline - time.monotonic()

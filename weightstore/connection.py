@@ -224,7 +224,12 @@ class Connection:
                 timeout=timeout,
             )
         if call.error is not None:
-            raise call.error
+            try:
+                raise call.error
+            finally:
+                # Else the error, by its traceback, would keep this frame and every caller's alive, with all
+                # the tensors they hold, until the garbage collector finds the cycle.
+                del call
         return call.reply, call.fds
 
     def _send(self, message: wire.Request, call: Call) -> None:
