@@ -1,14 +1,14 @@
 """Checksums of committed versions: xxh3-64 of every extent, computed behind the readers' backs.
 
 Hashing runs on one thread of its own, in pieces, so that it neither delays the event loop nor a
-refit. A version freed meanwhile may have its bytes reused under the hash; the result is then thrown
+refit. The thread's priority is everybody's: one that a busy host lets wait would now and then do so with
+the interpreter lock in its hands, and the event loop with it (measured: up to 1.6 s). A version freed meanwhile may have its bytes reused under the hash; the result is then thrown
 away, because the store keeps checksums only of versions that are still there.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +58,7 @@ class Checksummer:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._cancelled = threading.Event()
-        self._pool = ThreadPoolExecutor(1, "weightstore-sum", initializer=_lowest_priority)
+        self._pool = ThreadPoolExecutor(1, "weightstore-sum")
         self._wanted = asyncio.Event()
         self._given_up: set[Version] = set()
 
@@ -119,8 +119,3 @@ class Checksummer:
 def _differs(record: TensorRecord, kept: dict[Extent, int], found: dict[Extent, int]) -> bool:
     extent = record.extent
     return extent in kept and kept[extent] != found[extent]
-
-
-def _lowest_priority() -> None:
-    # Linux gives each thread a nice value of its own.
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
