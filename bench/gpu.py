@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from subprocess import CalledProcessError
@@ -15,15 +15,15 @@ import torch
 from bench.gpu_common import device_facts, touch_memory
 from bench.gpu_settings import QUICK, GpuSettings
 from bench.report import RESULTS, Report, slug
-from bench.rows import Row
+from bench.rows import Goal, Row
 from weightstore.cuda import driver
 from weightstore.errors import DeviceError
 
 SECTIONS: Final[dict[str, str]] = {
-    "peers": "bench.gpu_peers",
     "cycle": "bench.gpu_cycle",
     "many": "bench.gpu_many",
     "relaunch": "bench.gpu_relaunch",
+    "peers": "bench.gpu_peers",
 }
 """What can be measured by itself, and the module with a function of that name."""
 
@@ -74,9 +74,30 @@ def gpu_command(quick: bool, only: str | None, rounds: int | None, warm: bool, o
                 click.echo(
                     f"  {row.key}: {row.ratio if row.ratio is not None else row.measured:.4g}", err=True
                 )
-        except (DeviceError, CalledProcessError) as error:
+        except (DeviceError, CalledProcessError, RuntimeError) as error:
+            # The other sections stand on their own, and time on such a machine is dear.
             click.echo(f"{section} ended early: {error}", err=True)
+        torch.cuda.empty_cache()
+    for row in _compared(report.rows):
+        report.add(row)
     report.write(complete=True)
     report.print_table()
     if out is not None:
         click.echo(f"written to {out}")
+
+
+def _compared(rows: list[Row]) -> Iterator[Row]:
+    """Sleep and wake of the same bytes, ours and others', from the rows that there are."""
+    by_key = {row.key: row for row in rows}
+    for what, ours, least in (("sleep", "sleep.main", 100.0), ("wake", "wake.main.later", 5.0)):
+        for key, row in by_key.items():
+            if key.startswith(f"peers.{what}.") and ours in by_key:
+                named = row.what.partition(" with ")[2]
+                yield Row(
+                    f"faster.{what}.{key.rpartition('.')[2]}",
+                    f"{what}: times faster than {named}",
+                    {"measured": row.seconds["measured"], "ours": by_key[ours].seconds["measured"]},
+                    value=round(row.measured / by_key[ours].measured, 1),
+                    unit="×",
+                    goal=Goal(least, True) if named.startswith("torch_memory_saver") else None,
+                )

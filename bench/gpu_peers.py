@@ -81,7 +81,11 @@ def peers(settings: GpuSettings) -> Iterator[Row]:
     ways = list(WAYS) if find_spec("torch_memory_saver") else ["module.to"]
     for way in ways:
         rounds = settings.peer_rounds + (way == "pinned kept")
-        times = _child(way, rounds, settings)
+        try:
+            times = _child(way, rounds, settings)
+        except subprocess.CalledProcessError as error:
+            print(f"{WAYS[way]}: {error}", file=sys.stderr)
+            continue
         for what in ("sleep", "wake"):
             yield Row(
                 f"peers.{what}.{way.replace(' ', '_')}",

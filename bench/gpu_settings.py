@@ -30,7 +30,7 @@ class GpuSettings:
     main: str = "transformer"
     limit: int = 64 * GIB
     rounds: int = 5
-    peer_rounds: int = 2
+    peer_rounds: int = 1
     asleep: float = 2.0
     window: int = GIB
     warm_memory: int = 88 * GIB

@@ -93,7 +93,8 @@ def _duration(seconds: float) -> str:
 def _goal(row: Row, goal: Goal | None) -> str:
     if goal is None:
         return ""
-    bound = f"{goal.bound:g}" if row.reference is not None else _duration(goal.bound)
+    plain = row.reference is not None or row.unit != "s"
+    bound = f"{goal.bound:g}" if plain else _duration(goal.bound)
     return f"{'≥' if goal.at_least else '≤'} {bound}"
 
 
