@@ -17,14 +17,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import translate
 
+import msgspec
+
 from engine_hooks.backend import Run
 from weightstore.types import ALIGN, TensorRecord, align_up, component_of
 
 Records = Mapping[str, TensorRecord]
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(msgspec.Struct, frozen=True, gc=False):
     """A range of the image that one extent fills; several names when they are tied."""
 
     offset: int
