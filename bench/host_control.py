@@ -11,6 +11,7 @@ from bench import manifests
 from bench.rows import Goal, Row, clock, percentile
 from bench.settings import MIB, Settings
 from bench.shapes import shrink
+from bench.waiting import settle
 from engine_hooks.plan import by_component, lay_out, matcher, misfits, runs_of
 from weightstore.client import Store
 from weightstore.types import TensorSpec, component_of, contiguous_stride
@@ -95,6 +96,7 @@ def lease(settings: Settings) -> Iterator[Row]:
         for _ in range(settings.leases):
             held.park()
             write(store, WAN, specs)
+            settle(store)
             while held.version < store.tags(WAN)["latest"]:
                 time.sleep(0.001)
             began = time.perf_counter()
@@ -120,11 +122,13 @@ def commit(settings: Settings) -> Iterator[Row]:
         write(store, "many", specs)
         begins, commits, reserves = [], [], []
         for _ in range(settings.commits + 2):
+            settle(store)
             began = time.perf_counter()
             refit = store.refit("many")
             begins.append(time.perf_counter() - began)
             refit.wrote(spec.name for spec in specs)
             commits.append(clock(refit.commit))
+        settle(store)
         for number in range(settings.commits):
             began = time.perf_counter()
             refit = store.refit(f"new{number}")

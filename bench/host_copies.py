@@ -19,6 +19,7 @@ from bench.memory import COPIES, Buffer, copy
 from bench.rows import Goal, Row, Way, alternate, clock, fastest
 from bench.settings import Settings
 from bench.shapes import modules_of, total_bytes
+from bench.waiting import settle
 from engine_hooks import EngineHook
 from weightstore.client import Store, connect
 from weightstore.sizes import format_size
@@ -26,7 +27,6 @@ from weightstore.types import ALIGN, Extent, align_up
 
 MODEL = "bench"
 GOAL = Goal(0.9, at_least=True)
-_POLL = 0.005
 
 
 @dataclass
@@ -63,12 +63,6 @@ def bed(settings: Settings) -> Iterator[Bed]:
     room = 3 * align_up(nbytes + len(specs) * ALIGN, settings.window)
     with weightstore.local_store(room, window=settings.window) as store:
         yield Bed(store, modules_of(specs), nbytes, len(specs))
-
-
-def settle(store: Store) -> None:
-    """Wait until the store has summed its versions: it does so in the background, on a core of ours."""
-    while not all(v.checksummed for m in store.status().models for v in m.versions):
-        time.sleep(_POLL)
 
 
 def put(settings: Settings) -> Iterator[Row]:

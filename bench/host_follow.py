@@ -18,6 +18,7 @@ from bench.report import ROOT
 from bench.rows import Row, percentile
 from bench.settings import Settings
 from bench.shapes import shrink
+from bench.waiting import settle
 
 
 def follow(settings: Settings) -> Iterator[Row]:
@@ -36,6 +37,7 @@ def follow(settings: Settings) -> Iterator[Row]:
             if engines.stdout.read(len(READY)) != READY:
                 raise RuntimeError("the followers ended before all of them had a lease")
             for _ in range(settings.moves + 1):
+                settle(store)
                 refit = store.refit(WAN)
                 refit.wrote(spec.name for spec in specs if spec.alias_of is None)
                 began = time.monotonic()

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from bench.host_copies import GOAL, Bed, bed, settle
+from bench.host_copies import GOAL, Bed, bed
 from bench.memory import Buffer
 from bench.rows import Row, Way, alternate, clock, fastest
 from bench.settings import MIB, Settings
+from bench.waiting import settle
 from weightstore.checkpoint.load import load_checkpoint
 from weightstore.client import connect
 
