@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import tiny_models
@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounter
 
 import weightstore
 from engine_hooks import EngineHook, State
+from engine_hooks.backend import Image
 from weightstore.client import Store
 from weightstore.errors import (
     AttachError,
@@ -596,6 +597,45 @@ def test_an_unmap_that_fails_half_way_leaves_what_is_true(store: Store, model: s
         assert torch.equal(modules["b"](X), net(1)(X))
 
 
+def test_forwards_are_refused_before_the_memory_goes(store: Store, model: str) -> None:
+    class Watching(Faulty):
+        def unmap(self, images: Sequence[Image]) -> None:
+            if not refused:  # closing unmaps as well, when the modules have left
+                with pytest.raises(EngineAsleep):
+                    engine(X)
+                refused.append(len(images))
+            super().unmap(images)
+
+    engine, refused = net(), []
+    with EngineHook.attach(store, model, {"net": engine}, backend=Watching()) as hook:
+        hook.sleep()
+        assert refused == [1]
+        hook.wake()
+        engine(X)
+
+
+def test_no_generation_begins_before_the_callbacks_are_done(store: Store, model: str) -> None:
+    entered = threading.Event()
+
+    def generate() -> None:
+        with hook.running():
+            entered.set()
+
+    with EngineHook.attach(store, model, {"net": net()}) as hook:
+        hook.sleep()
+
+        @hook.after_refit
+        def slow(changed: tuple[str, ...]) -> None:
+            assert hook.state is State.AWAKE
+            thread.start()
+            assert not entered.wait(0.05)  # held back: only the end of this callback can let it in
+
+        thread = threading.Thread(target=generate, daemon=True)
+        hook.wake()
+        assert entered.wait(PATIENCE)
+        thread.join(PATIENCE)
+
+
 def test_verify_names_the_differing_tensor(store: Store, model: str) -> None:
     modules = tiny_models.build("transformer")
     with EngineHook.attach(store, model, modules) as hook:
@@ -628,8 +668,8 @@ def test_weights_replaced_behind_the_hooks_back_are_not_left_stale(store: Store,
 
 @pytest.mark.parametrize("why", ["misfit", "wake fails", "tensor refuses", "no such tag"])
 def test_a_failed_attach_leaves_everything_as_it_was(store: Store, model: str, why: str) -> None:
-    publish(store, model, {"net": net()})
-    engine = net(1)
+    publish(store, model, {"net": net(), "other": net()})
+    engine, other = net(1), net(2)
     backend = Faulty()
     error: type[Exception] = AttachError
     tag = "latest"
@@ -646,11 +686,16 @@ def test_a_failed_attach_leaves_everything_as_it_was(store: Store, model: str, w
         keep = weakref.ref(engine.second.bias)
     else:
         tag, error = "absent", UsageError
-    before = {n: (t.data_ptr(), t.device, t._version) for n, t in engine.state_dict(keep_vars=True).items()}
+
+    def facts() -> list[tuple[object, ...]]:
+        tensors = [*engine.state_dict(keep_vars=True).values(), *other.state_dict(keep_vars=True).values()]
+        return [(id(t), t.data_ptr(), t.device, t._version) for t in tensors]
+
+    before = facts()
     with pytest.raises(error):
-        EngineHook.attach(store, model, {"net": engine}, tag=tag, backend=backend)
-    after = {n: (t.data_ptr(), t.device, t._version) for n, t in engine.state_dict(keep_vars=True).items()}
-    assert after == before
+        EngineHook.attach(store, model, {"other": other, "net": engine}, tag=tag, backend=backend)
+    assert facts() == before
+    assert torch.equal(other(X), net(2)(X))
     assert not engine._forward_pre_hooks
     assert leases(store, model) == []
     assert backend._closed
@@ -755,6 +800,25 @@ def test_if_the_publisher_gives_up_another_takes_over(
     attaching.join(PATIENCE)
     assert hooks[0].attached.published
     hooks[0].close()
+
+
+def test_a_model_published_in_the_last_moment_is_not_published_again(
+    store: Store, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = store.lease
+    asked = []
+
+    def late(*args: object, **how: object) -> object:
+        if not asked:
+            asked.append(publish(store, model, {"net": net(0)}))
+            raise weightstore.errors.UnknownModel("as it was when the store answered")
+        return lease(*args, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store, "lease", late)
+    engine = net(1)
+    with EngineHook.attach(store, model, {"net": engine}) as hook:
+        assert (hook.attached.published, hook.version) == (False, 1)
+        assert torch.equal(engine(X), net(0)(X))
 
 
 def test_what_cannot_be_attached(store: Store, model: str) -> None:
