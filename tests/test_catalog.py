@@ -72,7 +72,7 @@ def test_the_first_refit_makes_version_one():
     version = publish(c)
     assert (version.number, version.parent, version.state) == (1, 0, VersionState.COMMITTED)
     assert c.resolve("m", "latest", None) is version
-    assert version.components() == {"t": 288, "vae": 400}
+    assert version.components == {"t": 288, "vae": 400}
     usage = c.usage()
     assert usage.reachable == 4 * ALIGN and usage.free + usage.reachable == usage.committed
 
@@ -138,7 +138,9 @@ def test_a_refit_declares_its_base_and_components():
     assert refit.targets == {}
     with pytest.raises(CoverageError) as caught:
         c.reserve(
-            refit.number, ALICE, [spec("vae.w", 100), spec("t.x", 1), spec("t.w", 65), spec("t.b", 8, dtype="int32")]
+            refit.number,
+            ALICE,
+            [spec("vae.w", 100), spec("t.x", 1), spec("t.w", 65), spec("t.b", 8, dtype="int32")],
         )
     assert caught.value.details == {"undeclared": ["vae.w"], "unknown": ["t.x"], "mismatched": ["t.w", "t.b"]}
     (placed,) = c.reserve(refit.number, ALICE, [spec("t.b", 8)])
@@ -444,6 +446,21 @@ def test_a_parked_follower_is_told_before_anything_is_written():
     assert [v for _, v in c.leases.make_offers()] == [two]
     c.take_offer(lease.number, BOB, 2)
     assert not lease.torn
+
+
+def test_a_reader_that_comes_back_late_does_not_make_half_written_bytes_readable():
+    c = catalog()
+    publish(c)
+    refit = c.open_refit(opened(in_place=True), ALICE, 0.0)
+    c.begin_writing(refit.number, ALICE)
+    with pytest.raises(LeaseLost, match="overwritten by an in-place refit"):
+        c.leases.renew(BOB, "m", "latest", 1, True, False, False, 1.0)
+    lease, _ = c.leases.renew(BOB, "m", "latest", 1, True, True, False, 1.0)
+    assert c.unaware(refit) == [lease]
+    c.drop_peer(ALICE)
+    with pytest.raises(TagTorn):
+        c.resolve("m", "latest", None)
+    assert [(v.number, bool(v.torn)) for _, v in c.leases.make_offers()] == [(1, True)]
 
 
 def test_an_in_place_refit_that_never_began_tears_nothing():

@@ -91,7 +91,8 @@ class CatalogMachine(RuleBasedStateMachine):
             self.memory[unit] = value
 
     def write(self, refit: Refit) -> dict[Extent, int]:
-        """The refit's writers fill all its targets."""
+        """The refit's writers are told its targets, and fill them all."""
+        self.catalog.begin_writing(refit.number, self.owner(refit))
         self.stamp += 1
         for record in refit.targets.values():
             self.fill(record.extent, self.stamp)
@@ -119,9 +120,7 @@ class CatalogMachine(RuleBasedStateMachine):
         mode=st.sampled_from(["whole", "whole", "partial", "fresh", "in_place"]),
         at_once=st.booleans(),
     )
-    def refit(
-        self, pick: int, tag: str, components: list[str] | None, mode: str, at_once: bool
-    ) -> None:
+    def refit(self, pick: int, tag: str, components: list[str] | None, mode: str, at_once: bool) -> None:
         who = choose(self.peers, pick)
         request = OpenRefit(
             id=0,
@@ -168,12 +167,17 @@ class CatalogMachine(RuleBasedStateMachine):
             assert skip or not refit.targets
             return
         assert version is not None and not skip
-        self.contents[version] = {
-            e: written[e] if e in written else (kept or {})[e] for e in version.extents
-        }
+        self.contents[version] = {e: written[e] if e in written else (kept or {})[e] for e in version.extents}
         self.catalog.apply_commit(refit.number, version)
         assert self.catalog.resolve("m", refit.tag, None) is version
         assert base is None or version.parent == base.number
+
+    @rule(pick=PICK)
+    def begin(self, pick: int) -> None:
+        """A writer gets to work; others come and go before it ends."""
+        refit = choose(self.open_refits(), pick)
+        if refit is not None and not self.catalog.unaware(refit):
+            self.write(refit)
 
     @rule(pick=PICK)
     def abort(self, pick: int) -> None:
@@ -215,6 +219,20 @@ class CatalogMachine(RuleBasedStateMachine):
     def lease(self, pick: int, tag: str, follow: bool) -> None:
         who = choose(self.peers, pick)
         self.attempt(self.catalog.open_lease, who, "m", tag, None, follow, self.now)
+
+    @rule(
+        pick=PICK,
+        tag=st.sampled_from(TAGS),
+        version=st.integers(0, 12),
+        follow=st.booleans(),
+        parked=st.booleans(),
+        torn=st.booleans(),
+    )
+    def renew(self, pick: int, tag: str, version: int, follow: bool, parked: bool, torn: bool) -> None:
+        """A holder comes back on a new connection, however late and whatever it believes."""
+        who = choose(self.peers, pick)
+        parked, torn = parked and follow, torn and follow
+        self.attempt(self.catalog.leases.renew, who, "m", tag, version, follow, parked, torn, self.now)
 
     @rule(pick=PICK, what=st.sampled_from(["take", "park", "unpark", "release"]))
     def use_lease(self, pick: int, what: str) -> None:
@@ -335,10 +353,12 @@ def step(machine: CatalogMachine, rng: random.Random) -> None:
             lambda: machine.refit(pick, tag, None, rng.choice(modes), True),
             lambda: machine.reserve(pick, names),
             lambda: machine.commit(pick, pick == 0),
+            lambda: machine.begin(pick),
             lambda: machine.abort(pick),
             lambda: machine.die(pick, pick > 2),
             lambda: machine.scribble_and_settle(pick),
             lambda: machine.lease(pick, tag, pick > 2),
+            lambda: machine.renew(pick, tag, rng.randrange(12), pick > 2, rng.random() < 0.5, pick == 3),
             lambda: machine.use_lease(pick, rng.choice(["take", "park", "unpark", "release"])),
             machine.offer,
             lambda: machine.set_tag(pick, tag, rng.randrange(12)),

@@ -78,7 +78,9 @@ def test_many_names_are_counted_and_the_first_shown():
     columns=st.integers(1, 6),
     boxes=st.lists(st.tuples(*[st.integers(0, 6)] * 4), max_size=6),
 )
-def test_boxes_against_counting_every_element(rows: int, columns: int, boxes: list[tuple[int, int, int, int]]):
+def test_boxes_against_counting_every_element(
+    rows: int, columns: int, boxes: list[tuple[int, int, int, int]]
+):
     target = {"t": record("t", (rows, columns))}
     fitting = [b for b in boxes if b[0] <= b[2] <= rows and b[1] <= b[3] <= columns]
     counts = [[0] * columns for _ in range(rows)]
@@ -95,3 +97,25 @@ def test_boxes_against_counting_every_element(rows: int, columns: int, boxes: li
         check_coverage(target, writes, "refit")
     else:
         assert list(problems(writes, target)) == [expected]
+
+
+def test_a_mesh_of_very_many_parts_is_checked_and_a_chaos_of_them_refused():
+    """A mesh in any dimension is cheap; what no straight cut separates is compared only up to a bound."""
+    n = 60_000
+    target = {"t": record("t", (2, n, 1))}
+    columns = [Write("t", Box((0, i, 0), (2, i + 1, 1))) for i in range(n)]
+    check_coverage(target, columns, "refit")
+    assert problems([*columns, columns[9]], target) == {"overlapping": ["t"]}
+    assert problems(columns[1:], target) == {"holes": ["t"]}
+    wide = {"t": record("t", (n, 2 * n))}
+    stairs = [Write("t", Box((i, i), (i + 2, i + 2))) for i in range(0, n - 2)]
+    assert problems(stairs, wide) == {"irregular": ["t"]}
+
+
+def test_a_pinwheel_that_no_straight_cut_separates_is_exact():
+    target = {"t": record("t", (3, 3))}
+    wheel = [((0, 0), (1, 2)), ((0, 2), (2, 3)), ((2, 1), (3, 3)), ((1, 0), (3, 1)), ((1, 1), (2, 2))]
+    writes = [Write("t", Box(lo, hi)) for lo, hi in wheel]
+    check_coverage(target, writes, "refit")
+    assert problems(writes[:-1], target) == {"holes": ["t"]}
+    assert problems([*writes, Write("t", Box((1, 0), (2, 2)))], target) == {"overlapping": ["t"]}

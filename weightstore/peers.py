@@ -31,11 +31,14 @@ def peer_pidfd(sock: socket.socket) -> int | None:
     except OSError:
         pass  # before Linux 6.5, or the process has exited: ask by pid
     pid, _ = peer_credentials(sock)
-    return open_pidfd(pid) if pid > 0 else None
+    return open_pidfd(pid)
 
 
 def open_pidfd(pid: int) -> int | None:
-    """A pidfd of process `pid`, or None if there is none. Raises OSError for want of descriptors."""
+    """A pidfd of process `pid`, or None if there is none (a pid of 0 is of a process not visible from here).
+    Raises OSError for want of descriptors."""
+    if pid <= 0:
+        return None
     try:
         return os.pidfd_open(pid)
     except ProcessLookupError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
@@ -18,20 +19,59 @@ from weightstore.allocator import NoSpace
 from weightstore.catalog import Peer, RefitState
 from weightstore.changes import Changes
 from weightstore.checksums import Checksummer
-from weightstore.errors import ArenaFull, RefitAborted, StoreTimeout, VersionInUse, WeightstoreError
+from weightstore.errors import (
+    ArenaFull,
+    RefitAborted,
+    StoreTimeout,
+    UsageError,
+    VersionInUse,
+    WeightstoreError,
+)
 from weightstore.store import Store
+from weightstore.types import check_name
 
 OFFER_PATIENCE: Final = 2.0
 """Seconds a refit short of space waits for sleeping engines to let go of the version before."""
 IN_PLACE_PATIENCE: Final = 30.0
 """Seconds an in-place refit waits for its followers to learn that they must not read."""
 
+MAX_LEASES: Final = 1024
+MAX_REFITS: Final = 64
+"""What one connection may hold at a time."""
+
 T = TypeVar("T")
 Handler = Callable[[Peer, Any], "wire.Reply | Coroutine[Any, Any, wire.Reply]"]
 
 
+def check_fields(request: wire.Request) -> None:
+    """Refuse what decodes and cannot be meant, before it is compared with anything or repeated in a message.
+    (The catalog looks at what declares a refit and its tensors.)
+
+    Raises:
+        InvalidName, UsageError.
+    """
+    if isinstance(request, _NAMED):
+        check_name("model", request.model)
+    if isinstance(request, _TAGGED):
+        check_name("tag", request.tag)
+    if isinstance(request, wire.WaitFor) and request.timeout is not None and math.isnan(request.timeout):
+        raise UsageError("timeout is not a number of seconds")
+
+
+_TAGGED: Final = (
+    wire.OpenRefit,
+    wire.OpenLease,
+    wire.RenewLease,
+    wire.WaitFor,
+    wire.SetTag,
+    wire.RemoveTag,
+    wire.VerifyVersion,
+)
+_NAMED: Final = (*_TAGGED, wire.RemoveModel)
+
+
 class Requests:
-    """The handlers, by message type in `table`. `close` waits for the thread that grows the arena."""
+    """The handlers. `close` waits for the thread that grows the arena."""
 
     def __init__(
         self,
@@ -50,7 +90,7 @@ class Requests:
         self._count_clients = count_clients
         self._growing = asyncio.Lock()
         self._growth_thread = ThreadPoolExecutor(1, "weightstore-grow")
-        self.table: dict[type, Handler] = {
+        self._table: dict[type, Handler] = {
             wire.OpenRefit: self._open_refit,
             wire.Reserve: self._reserve,
             wire.CommitRefit: self._commit_refit,
@@ -68,6 +108,11 @@ class Requests:
             wire.GetStatus: self._get_status,
             wire.VerifyVersion: self._verify_version,
         }
+
+    def answer(self, peer: Peer, request: wire.Request) -> wire.Reply | Coroutine[Any, Any, wire.Reply]:
+        """The reply, or a coroutine that waits for it. Raises WeightstoreError, having changed nothing."""
+        check_fields(request)
+        return self._table[type(request)](peer, request)
 
     def close(self) -> None:
         self._growth_thread.shutdown()
@@ -111,6 +156,8 @@ class Requests:
         return ArenaFull(f"{full.message}. {held}" if held else full.message, **full.details)
 
     async def _open_refit(self, peer: Peer, request: wire.OpenRefit) -> wire.Reply:
+        if sum(refit.rank_of(peer) is not None for refit in self._catalog.refits.values()) >= MAX_REFITS:
+            raise UsageError(f"this connection has {MAX_REFITS} refits open; commit or abort some")
         refit = await self._with_space(
             request.model, lambda: self._store.open_refit(request, peer, self._clock())
         )
@@ -123,11 +170,11 @@ class Requests:
             self._store.abort_refit(refit.number, peer, f"{slow} did not stop reading")
             self._changes.announce()
             raise VersionInUse(
-                f"{slow} did not acknowledge within {IN_PLACE_PATIENCE:g} s that the tag's bytes are about to be "
-                "overwritten; is that process stopped?",
+                f"{slow} did not acknowledge within {IN_PLACE_PATIENCE:g} s that the tag's bytes are about "
+                "to be overwritten; is that process stopped?",
                 holder=slow,
             )
-        self._catalog.refit_of(refit.number, peer)
+        self._catalog.begin_writing(refit.number, peer)
         base = refit.base
         return wire.RefitOpened(
             id=request.id,
@@ -167,7 +214,12 @@ class Requests:
 
     # -- leases ------------------------------------------------------------------------------------
 
+    def _require_few_leases(self, peer: Peer) -> None:
+        if self._catalog.leases.count(peer) >= MAX_LEASES:
+            raise UsageError(f"this connection holds {MAX_LEASES} leases; release some")
+
     def _open_lease(self, peer: Peer, request: wire.OpenLease) -> wire.Reply:
+        self._require_few_leases(peer)
         lease, version = self._store.open_lease(
             peer, request.model, request.tag, request.version, request.follow, self._clock()
         )
@@ -176,6 +228,7 @@ class Requests:
         )
 
     def _renew_lease(self, peer: Peer, request: wire.RenewLease) -> wire.Reply:
+        self._require_few_leases(peer)
         lease, version = self._catalog.leases.renew(
             peer,
             request.model,
@@ -226,8 +279,8 @@ class Requests:
         version = await self._changes.until(newer, request.timeout)
         if version is None:
             raise StoreTimeout(
-                f"tag {request.tag!r} of {request.model!r} named nothing newer than version {request.after} within "
-                f"{request.timeout:g} s",
+                f"tag {request.tag!r} of {request.model!r} named nothing newer than version {request.after} "
+                f"within {request.timeout:g} s",
                 after=request.after,
             )
         return wire.VersionIs(id=request.id, version=version)

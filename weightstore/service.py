@@ -2,7 +2,7 @@
 
 One process, one event loop; every decision is made on the loop in one step, so the catalog needs no
 locks. What blocks runs on threads that touch nothing of the catalog: committing windows (one at a
-time) and checksums (one at a time, lowest priority).
+time) and checksums (one at a time).
 
 A request is either answered at once, in the order of arrival, or becomes a task that waits
 (weightstore.requests says what each means). When a connection ends, its tasks are cancelled first,
@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
+import fcntl
 import logging
 import os
+import resource
 import signal
 import socket
+import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +39,14 @@ from weightstore.changes import Changes
 from weightstore.checksums import Checksummer
 from weightstore.errors import (
     AccessDenied,
+    ArenaFull,
+    ArenaUnusable,
     ProtocolError,
+    UsageError,
     WeightstoreError,
 )
 from weightstore.layout import MIB
-from weightstore.listener import listen
+from weightstore.listener import listening
 from weightstore.peers import open_pidfd, peer_credentials, peer_pidfd, start_ticks
 from weightstore.requests import Requests
 from weightstore.session import Budget, Session
@@ -52,6 +58,9 @@ MAX_CLIENTS: Final = 2048
 MAX_WAITING: Final = 256
 """Requests of one connection that may be waiting at a time."""
 UNFINISHED_BYTES: Final = 512 * MIB
+"""Requests that have arrived in part, over all connections."""
+UNSENT_BYTES: Final = 1024 * MIB
+"""Replies that have not been read, over all connections."""
 
 
 @dataclass(frozen=True)
@@ -83,24 +92,47 @@ def run(config: ServiceConfig, ready: Callable[[Store], None] = lambda store: No
     """Serve until SIGTERM, SIGINT or the end of `until_eof`; `ready` is called once connectable.
 
     Raises:
-        ArenaUnusable, ArenaFull, UsageError: the arena or the socket cannot be had.
+        ArenaUnusable, ArenaFull, UsageError: the arena or the socket cannot be had, or `until_eof` has no
+            end to wait for.
     """
+    if config.until_eof is not None:
+        _require_lifeline(config.until_eof)
+    # Two descriptors a connection: the usual soft limit of 1024 would be reached long before MAX_CLIENTS.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     asyncio.run(_serve(config, ready))
+
+
+def _require_lifeline(fd: int) -> None:
+    try:
+        mode, flags = os.fstat(fd).st_mode, fcntl.fcntl(fd, fcntl.F_GETFL)
+    except OSError as error:
+        raise UsageError(
+            f"--until-eof {fd}: {error.strerror}; let the store inherit that descriptor"
+        ) from None
+    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)) or flags & os.O_ACCMODE == os.O_WRONLY:
+        raise UsageError(
+            f"--until-eof {fd} is not a pipe's reading end or a socket, so its end would never come"
+        )
 
 
 async def _serve(config: ServiceConfig, ready: Callable[[Store], None]) -> None:
     admission = Admission(config.reserve)
     # The socket first: a store that cannot have it must not leave a new arena behind.
-    with contextlib.closing(listen(config.socket, bool(config.allow_uids))) as listener:
+    with (
+        listening(config.socket, bool(config.allow_uids)) as listener,
+        Arena.open(config.arena, config.capacity, config.window, admission) as arena,
+    ):
+        clock = Clock()
         try:
-            with Arena.open(config.arena, config.capacity, config.window, admission) as arena:
-                clock = Clock()
-                store = Store(arena, clock(), config.grace)
-                await Service(config, store, clock).serve(listener, ready)
-                if not config.keep:
-                    arena.unlink()
-        finally:
-            config.socket.unlink(missing_ok=True)
+            store = Store(arena, clock(), config.grace)
+        except ArenaFull:
+            if not arena.adopted:
+                arena.unlink()  # no room for even its catalog
+            raise
+        await Service(config, store, clock).serve(listener, ready)
+        if not config.keep:
+            arena.unlink()
 
 
 class Clock:
@@ -124,10 +156,11 @@ class Service:
         self._sessions: dict[int, Session] = {}
         self._conversations: set[asyncio.Task[None]] = set()
         self._last_peer = 0
-        self._budget = Budget(UNFINISHED_BYTES)
+        self._unfinished = Budget(UNFINISHED_BYTES, "unfinished requests")
+        self._unsent = Budget(UNSENT_BYTES, "replies that nobody reads")
         self._watched: dict[Writer, int] = {}
         self._deadline: asyncio.TimerHandle | None = None
-        self._misbehaved = 0
+        self._said: Counter[str] = Counter()
         self._changes = Changes(self._react)
         self._checksummer = Checksummer(store)
         self._requests = Requests(store, self._changes, self._checksummer, clock, self._count_clients)
@@ -143,6 +176,8 @@ class Service:
             self._watch(writer, self._reopen_pidfd(writer))
         accepting = asyncio.create_task(self._accept(listener))
         summing = asyncio.create_task(self._checksummer.run())
+        for task in (accepting, summing):
+            task.add_done_callback(_report_bug)
         self._changes.announce()
         ready(self._store)
         try:
@@ -169,28 +204,27 @@ class Service:
             try:
                 sock, _ = await self._loop.sock_accept(listener)
             except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ECONNABORTED, errno.ENOMEM):
-                    raise
-                log.warning("cannot accept a connection: %s", error)
-                await asyncio.sleep(0.1)  # descriptors come back when connections end
+                self._seldom("cannot accept connections: %s", error.strerror)
+                await asyncio.sleep(0.1)  # descriptors and memory come back when connections end
                 continue
             try:
                 sock.setblocking(False)
                 pid, uid = peer_credentials(sock)
-                session = Session(sock, peer_pidfd(sock), self._budget)
+                session = Session(sock, peer_pidfd(sock), self._unfinished, self._unsent)
             except OSError as error:
-                log.warning("dropped a connection: %s", error)
+                self._seldom("dropped a connection: %s", error.strerror)
                 sock.close()
                 continue
-            task = asyncio.create_task(self._converse(session, pid, uid))
+            self._last_peer += 1
+            self._sessions[self._last_peer] = session
+            task = asyncio.create_task(self._converse(session, self._last_peer, pid, uid))
             self._conversations.add(task)
             task.add_done_callback(self._conversations.discard)
             task.add_done_callback(_report_bug)
+            await asyncio.sleep(0)  # sock_accept does not wait while somebody is knocking
 
-    async def _converse(self, session: Session, pid: int, uid: int) -> None:
+    async def _converse(self, session: Session, number: int, pid: int, uid: int) -> None:
         """Serve one connection from its first byte to its last."""
-        number, self._last_peer = self._last_peer + 1, self._last_peer + 1
-        self._sessions[number] = session
         sending = asyncio.create_task(session.transmit())
         session.tasks.add(sending)
 
@@ -204,8 +238,8 @@ class Service:
             self._complain(session, pid, error)
             with contextlib.suppress(OSError, asyncio.TimeoutError):
                 await asyncio.wait_for(sending, 1.0)
-        except (OSError, asyncio.TimeoutError):
-            pass  # it hung up, or never said who it is
+        except OSError:
+            pass  # it hung up
         finally:
             for task in session.tasks:
                 task.cancel()
@@ -230,12 +264,18 @@ class Service:
         return sum(1 for session in self._sessions.values() if session.peer is not None)
 
     def _complain(self, session: Session, pid: int, error: WeightstoreError) -> None:
-        """Tell the peer once, and the log rarely: a hostile client must not fill the disk."""
-        self._misbehaved += 1
-        if str(self._misbehaved).strip("0") == "1":  # the 1st, 10th, 100th, …
-            log.warning("refused pid %d (refusal number %d): %s", pid, self._misbehaved, error)
+        """Tell the peer, and sometimes the log, why it loses its connection."""
+        self._seldom("refused pid %d: %s", pid, error)
         session.send(_failure(0, error))
         session.finish()
+
+    def _seldom(self, message: str, *facts: object) -> None:
+        """Log what a client can bring about at will, but only the 1st, 10th, 100th, … time: it must not
+        fill the disk."""
+        self._said[message] += 1
+        times = str(self._said[message])
+        if times.strip("0") == "1":
+            log.warning(f"{message} (number {times} of its kind)", *facts)
 
     def _part(self, session: Session, peer: Peer) -> None:
         """The connection has ended: so do its leases and refits."""
@@ -259,21 +299,22 @@ class Service:
             if writer.pid > 0:
                 self._store.settle(writer)
             else:
-                log.warning(
-                    "a writer of another pid namespace went; its space is quarantined until a restart"
+                self._seldom(
+                    "a writer of another pid namespace went: its space is out of use until it says Drained"
                 )
             return
-        previous = self._watched.pop(writer, None)
-        if previous is not None:
-            self._loop.remove_reader(previous)
-            os.close(previous)
+        if writer in self._watched:
+            self._unwatch(writer)
         self._watched[writer] = pidfd
         self._loop.add_reader(pidfd, self._on_exit, writer)
 
-    def _on_exit(self, writer: Writer) -> None:
+    def _unwatch(self, writer: Writer) -> None:
         pidfd = self._watched.pop(writer)
         self._loop.remove_reader(pidfd)
         os.close(pidfd)
+
+    def _on_exit(self, writer: Writer) -> None:
+        self._unwatch(writer)
         self._store.settle(writer)
         self._changes.announce()
 
@@ -289,34 +330,48 @@ class Service:
             raise ProtocolError("the first message on a connection must be Hello")
         answer: wire.Reply | Coroutine[Any, Any, wire.Reply]
         try:
-            answer = self._requests.table[type(request)](peer, request)
+            answer = self._requests.answer(peer, request)
         except WeightstoreError as error:
             answer = _failure(request.id, error)
         except Exception as error:
-            answer = _bug(request, error)
+            answer = self._bug(request, error)
         if isinstance(answer, Coroutine):
             if len(session.tasks) > MAX_WAITING:
                 answer.close()
                 raise ProtocolError(f"more than {MAX_WAITING} requests of one connection are waiting")
-            task = asyncio.create_task(self._answer_later(session, request, answer))
+            task = asyncio.create_task(self._answer_later(session, peer, request, answer))
             session.tasks.add(task)
             task.add_done_callback(session.tasks.discard)
         else:
             session.send(answer)
 
     async def _answer_later(
-        self, session: Session, request: wire.Request, waiting: Coroutine[Any, Any, wire.Reply]
+        self, session: Session, peer: Peer, request: wire.Request, waiting: Coroutine[Any, Any, wire.Reply]
     ) -> None:
         fds = []
         try:
             answer = await waiting
             if isinstance(answer, wire.RefitOpened):
-                fds.append(self._store.arena.writer_fd())
+                fds.append(self._writer_fd(peer, answer))
         except WeightstoreError as error:
             answer = _failure(request.id, error)
         except Exception as error:
-            answer = _bug(request, error)
+            answer = self._bug(request, error)
         session.send(answer, fds)
+
+    def _writer_fd(self, peer: Peer, opened: wire.RefitOpened) -> int:
+        try:
+            return self._store.arena.writer_fd()
+        except OSError as error:
+            self._store.abort_refit(opened.refit, peer, "no descriptor for its writer")
+            self._changes.announce()
+            raise self._no_descriptor(error) from None
+
+    def _no_descriptor(self, error: OSError) -> ArenaUnusable:
+        return ArenaUnusable(
+            f"the store has no file descriptor left to hand out the arena ({error.strerror}): it serves "
+            f"{len(self._sessions)} connections. Close some, or start it with a higher `ulimit -n`"
+        )
 
     def _hello(self, session: Session, request: wire.Hello, number: int, pid: int) -> None:
         if session.peer is not None:
@@ -338,10 +393,16 @@ class Service:
             server=weightstore.__version__,
             pid=os.getpid(),
         )
-        session.send(welcome, [arena.reader_fd()])
+        try:
+            fd = arena.reader_fd()
+        except OSError as error:
+            session.send(_failure(request.id, self._no_descriptor(error)))
+        else:
+            session.send(welcome, [fd])
 
     def _react(self) -> None:
-        """The catalog may have changed: make offers, sum what is new, plan the next deadline."""
+        """The catalog may have changed: make offers, sum what is new, plan the next deadline, and watch no
+        process that owes nothing any more."""
         for lease, version in self._catalog.leases.make_offers():
             offer = wire.Offer(
                 lease=lease.number,
@@ -351,6 +412,8 @@ class Service:
             )
             self._sessions[lease.peer.number].send(offer)
         self._checksummer.wake()
+        for writer in self._watched.keys() - self._catalog.space.holdouts() if self._watched else ():
+            self._unwatch(writer)
         if self._deadline is not None:
             self._deadline.cancel()
         due = [r.deadline for r in self._catalog.open_refits() if r.declared.world_size > 1]
@@ -362,24 +425,26 @@ class Service:
 
     def _expire(self) -> None:
         for refit in self._store.expire(self._clock()):
-            log.warning("%s was aborted: %s", refit.describe(), refit.reason)
+            self._seldom("%s was aborted: %s", refit.describe(), refit.reason)
         self._changes.announce()
+
+    def _bug(self, request: wire.Request, error: Exception) -> wire.Failed:
+        kind = type(request).__name__
+        self._said[kind] += 1
+        if self._said[kind] == 1:
+            log.error("a %s request failed for no fault of the client", kind, exc_info=error)
+        return wire.Failed(
+            id=request.id,
+            error="WeightstoreError",
+            message=f"the store failed on {kind} ({type(error).__name__}: {error}); this is a bug, and its "
+            "log has the details",
+        )
 
 
 def _failure(request: int, error: WeightstoreError) -> wire.Failed:
     return wire.Failed(id=request, error=type(error).__name__, message=error.message, details=error.details)
 
 
-def _bug(request: wire.Request, error: Exception) -> wire.Failed:
-    log.error("a %s request failed for no fault of the client", type(request).__name__, exc_info=error)
-    return wire.Failed(
-        id=request.id,
-        error="WeightstoreError",
-        message=f"the store failed on {type(request).__name__} ({type(error).__name__}: {error}); this is a "
-        "bug, its log has the details",
-    )
-
-
 def _report_bug(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
-        log.error("a connection ended by a bug", exc_info=error)
+        log.error("a task of the store ended by a bug", exc_info=error)

@@ -1,9 +1,10 @@
 """One connection on the store's side: bytes in, requests out; replies in, bytes out.
 
-Nothing here knows what a request means. The peer may be slow, silent or hostile, so everything is
-bounded: a frame by its cap, frames in the making over all connections by a shared budget, unsent
-replies by `MAX_UNSENT`, the time to the first frame by `HELLO_SECONDS`. Whoever breaks a bound loses
-the connection and nobody else notices.
+Nothing here knows what a request means. The peer may be slow, silent, busy or hostile, so everything is
+bounded: a frame by its cap, the time to the first request by `HELLO_SECONDS`, requests handled without
+letting others have a turn by `TURN`, unsent replies by `MAX_UNSENT`, and what all connections together
+have unfinished or unsent by a shared `Budget`. Whoever breaks a bound loses the connection and nobody
+else notices.
 """
 
 from __future__ import annotations
@@ -23,24 +24,36 @@ from weightstore.wire import LENGTH_BYTES, MAX_REQUEST, Message, Request, decode
 READ_BYTES: Final = 256 << 10
 MAX_HELLO: Final = 4096
 HELLO_SECONDS: Final = 10.0
+TURN: Final = 16
+"""Requests of one connection that are handled before every other connection has had its turn."""
 MAX_UNSENT: Final = 256 << 20
 """Reply bytes a client may leave unread: many times the records of the largest model."""
 
 
 class Budget:
-    """Bytes of unfinished frames that all connections together may occupy."""
+    """Bytes that all connections together may occupy with frames under way in one direction.
 
-    def __init__(self, nbytes: int) -> None:
+    When they are too many, whoever has not moved for longest is cut off: a client that comes with a large
+    frame must not pay for others that never finish theirs.
+    """
+
+    def __init__(self, nbytes: int, what: str) -> None:
         self.left = nbytes
+        self._what = what
+        self._held: dict[Session, int] = {}
+        """In the order in which they last moved."""
 
-    def take(self, nbytes: int) -> None:
-        """Raises ProtocolError when nothing is left; then nothing was taken."""
-        if nbytes > self.left:
-            raise ProtocolError("too many bytes of unfinished frames on all connections together")
-        self.left -= nbytes
-
-    def give(self, nbytes: int) -> None:
-        self.left += nbytes
+    def hold(self, session: Session, nbytes: int, moved: bool = True) -> None:
+        """`session` occupies so much from now on; `moved` if that is its peer's doing."""
+        self.left += self._held.get(session, 0) - nbytes
+        if moved:
+            self._held.pop(session, None)
+        if nbytes:
+            self._held[session] = nbytes
+        while self.left < 0:
+            stalest = next(iter(self._held))
+            self.left += self._held.pop(stalest)
+            stalest.cut(ProtocolError(f"all connections together have too many bytes of {self._what}"))
 
 
 class Session:
@@ -49,16 +62,18 @@ class Session:
     `peer` is set by the service when the first request has said who is there.
     """
 
-    def __init__(self, sock: socket.socket, pidfd: int | None, budget: Budget) -> None:
+    def __init__(self, sock: socket.socket, pidfd: int | None, unfinished: Budget, unsent: Budget) -> None:
         self.peer: Peer | None = None
         self.pidfd = pidfd
         self.tasks: set[asyncio.Task[None]] = set()
         self._sock = sock
-        self._budget = budget
+        self._unfinished = unfinished
+        self._unsent_budget = unsent
         self._unsent: deque[tuple[memoryview, Sequence[int]]] = deque()
         self._unsent_bytes = 0
         self._more = asyncio.Event()
         self._closing = False
+        self._breach: ProtocolError | None = None
 
     # -- receiving ---------------------------------------------------------------------------------
 
@@ -66,38 +81,47 @@ class Session:
         """Call `handle` for each request until the peer closes.
 
         Raises:
-            ProtocolError: the peer broke the protocol.
-            OSError, TimeoutError: the connection broke, or stayed silent from the start.
+            ProtocolError: the peer broke the protocol, or a bound.
+            OSError: the connection broke.
         """
         loop = asyncio.get_running_loop()
+        late = ProtocolError(f"nothing was asked within {HELLO_SECONDS:g} s")
+        greeting = loop.call_later(HELLO_SECONDS, self.cut, late)
         buffer = bytearray()
-        taken = 0
+        handled = 0
         try:
-            while True:
-                reading = loop.sock_recv(self._sock, READ_BYTES)
-                data = await (reading if self.peer else asyncio.wait_for(reading, HELLO_SECONDS))
-                if not data:
-                    return
+            while self._listening and (data := await loop.sock_recv(self._sock, READ_BYTES)):
                 buffer += data
-                self._parse(buffer, handle)
-                self._budget.give(taken)
-                taken = 0
-                self._budget.take(len(buffer))
-                taken = len(buffer)
+                while self._listening and (request := self._next(buffer)) is not None:
+                    handle(self, request)
+                    if self.peer is not None:
+                        greeting.cancel()
+                    handled += 1
+                    if handled % TURN == 0:
+                        await asyncio.sleep(0)
+                self._unfinished.hold(self, len(buffer))
+                # sock_recv does not wait while there is something to read, as a busy peer always has.
+                await asyncio.sleep(0)
         finally:
-            self._budget.give(taken)
+            greeting.cancel()
+            self._unfinished.hold(self, 0)
+        if self._breach is not None:
+            raise self._breach
 
-    def _parse(self, buffer: bytearray, handle: Callable[[Session, Request], None]) -> None:
-        """Handle the whole frames in `buffer` and leave the rest there."""
-        start = 0
-        while len(buffer) - start >= LENGTH_BYTES and not self._closing:
-            body = start + LENGTH_BYTES
-            length = frame_length(buffer[start:body], MAX_REQUEST if self.peer else MAX_HELLO)
-            if len(buffer) < body + length:
-                break
-            handle(self, decode_request(bytes(memoryview(buffer)[body : body + length])))
-            start = body + length
-        del buffer[:start]
+    @property
+    def _listening(self) -> bool:
+        return not self._closing and self._breach is None
+
+    def _next(self, buffer: bytearray) -> Request | None:
+        """Take the first whole frame out of `buffer`, if there is one."""
+        if len(buffer) < LENGTH_BYTES:
+            return None
+        end = LENGTH_BYTES + frame_length(buffer[:LENGTH_BYTES], MAX_REQUEST if self.peer else MAX_HELLO)
+        if len(buffer) < end:
+            return None
+        body = bytes(memoryview(buffer)[LENGTH_BYTES:end])
+        del buffer[:end]
+        return decode_request(body)
 
     # -- sending -----------------------------------------------------------------------------------
 
@@ -108,25 +132,37 @@ class Session:
             return
         data = memoryview(frame(message))
         self._unsent.append((data, fds))
-        self._unsent_bytes += len(data)
+        self._count_unsent(len(data), moved=False)
         self._more.set()
         if self._unsent_bytes > MAX_UNSENT:
-            self.abort()
+            self.cut(ProtocolError(f"more than {MAX_UNSENT} bytes of replies have not been read"))
 
     async def transmit(self) -> None:
-        """Send what is queued, until cancelled or, after `finish`, until the queue is empty."""
+        """Send what is queued, until cancelled or, after `finish`, until the queue is empty.
+
+        Raises:
+            OSError: the peer does not take replies any more; the connection is cut.
+        """
         loop = asyncio.get_running_loop()
-        while True:
-            while self._unsent:
-                data, fds = self._unsent[0]
-                sent = await self._send_fds(data, fds) if fds else 0
-                await loop.sock_sendall(self._sock, data[sent:])
-                self._unsent.popleft()
-                self._unsent_bytes -= len(data)
-            if self._closing:
-                return
-            self._more.clear()
-            await self._more.wait()
+        try:
+            while True:
+                while self._unsent:
+                    data, fds = self._unsent[0]
+                    sent = await self._send_fds(data, fds) if fds else 0
+                    await loop.sock_sendall(self._sock, data[sent:])
+                    self._unsent.popleft()
+                    self._count_unsent(-len(data), moved=True)
+                if self._closing:
+                    return
+                self._more.clear()
+                await self._more.wait()
+        except OSError:
+            self.abort()  # it may still be asking, but who cannot be answered is no client
+            raise
+
+    def _count_unsent(self, nbytes: int, moved: bool) -> None:
+        self._unsent_bytes += nbytes
+        self._unsent_budget.hold(self, self._unsent_bytes, moved)
 
     async def _send_fds(self, data: memoryview, fds: Sequence[int]) -> int:
         """Send some of `data` with the descriptors; the event loop has no call that carries them."""
@@ -154,8 +190,16 @@ class Session:
         self._closing = True
         self._more.set()
 
+    def cut(self, breach: ProtocolError) -> None:
+        """End `receive` with `breach`. What the peer sends is not looked at any more."""
+        self._breach = self._breach or breach
+        try:
+            self._sock.shutdown(socket.SHUT_RD)
+        except OSError:
+            pass  # the peer was faster
+
     def abort(self) -> None:
-        """Cut the connection: `receive` ends at once."""
+        """End the connection in both directions; `receive` returns."""
         self._closing = True
         self._more.set()
         try:
@@ -174,6 +218,7 @@ class Session:
         for _, fds in self._unsent:
             _close_all(fds)
         self._unsent.clear()
+        self._unsent_budget.hold(self, 0)
         self._sock.close()
         pidfd = self.take_pidfd()
         if pidfd is not None:

@@ -15,6 +15,7 @@ from weightstore.catalog.refits import (
     Refit,
     RefitState,
     check_declaration,
+    check_request,
     place_specs,
     same_transaction,
 )
@@ -22,13 +23,14 @@ from weightstore.catalog.space import Space, Usage
 from weightstore.catalog.versions import Models, Version, VersionState
 from weightstore.catalog.writers import Peer, Writer
 from weightstore.errors import (
+    InvalidTensor,
     RefitAborted,
     RefitClosed,
     RefitConflict,
     UsageError,
     VersionInUse,
 )
-from weightstore.types import TensorRecord, TensorSpec, check_name, check_spec, contiguous_stride
+from weightstore.types import MAX_NBYTES, TensorRecord, TensorSpec, check_name, check_spec, contiguous_stride
 from weightstore.wire import OpenRefit, Write, encode_records
 
 
@@ -76,10 +78,7 @@ class Catalog:
             TagTorn: a new version would inherit torn bytes.
             NoSpace: grow the space by its shortfall and call again.
         """
-        check_name("model", request.model)
-        check_name("tag", request.tag)
-        for component in request.components or []:
-            check_name("component", component)
+        check_request(request)
         for other in self.open_refits():
             if (other.model, other.tag) == (request.model, request.tag):
                 return self._join(other, request, peer)
@@ -103,8 +102,8 @@ class Catalog:
         """From here on `base` may not be read: its components in scope are torn until a commit."""
         if self.grace_until:
             raise VersionInUse(
-                "the store was restarted, and readers of its last process may still come back; an in-place refit "
-                "is possible when the grace period has ended"
+                "the store was restarted, and readers of its last process may still come back; an in-place "
+                "refit is possible when the grace period has ended"
             )
         model = self.models.get(refit.model)
         readers = self.leases.on(refit.model, base.number)
@@ -112,6 +111,7 @@ class Catalog:
         refit.torn_before = base.torn
         base.torn = base.torn | {r.component for n, r in base.records.items() if refit.in_scope(n)}
         refit.targets = {n: base.records[n] for n in refit.declared_names()}
+        refit.written = not self.unaware(refit)
 
     def unaware(self, refit: Refit) -> list[Lease]:
         """Readers of an in-place refit's base that have not acknowledged yet that it is being
@@ -120,20 +120,25 @@ class Catalog:
             return []
         return [lease for lease in self.leases.on(refit.model, refit.base.number) if not lease.torn]
 
+    def begin_writing(self, number: int, peer: Peer) -> None:
+        """`peer` is about to be told where to write: from here on an abort leaves an in-place refit's base
+        torn, also if somebody has come since who is `unaware`. Raises RefitClosed or RefitAborted."""
+        self.refit_of(number, peer).written = True
+
     def _join(self, refit: Refit, request: OpenRefit, peer: Peer) -> Refit:
         taken = refit.joined.get(request.rank)
         if request.key is None or request.key != refit.declared.key:
             holder = ", ".join(str(p) for p in refit.joined.values())
             raise RefitConflict(
-                f"a refit of {request.model!r} tag {request.tag!r} is already open, held by {holder}; wait for it "
-                "to commit or abort, or use another tag",
+                f"a refit of {request.model!r} tag {request.tag!r} is already open, held by {holder}; wait "
+                "for it to commit or abort, or use another tag",
                 holder=holder,
                 refit=refit.number,
             )
         if not same_transaction(refit.declared, request):
             raise RefitConflict(
-                f"rank {request.rank} declares refit {request.key!r} differently from the rank that opened it; "
-                "all ranks must give the same base, components, mode and world_size",
+                f"rank {request.rank} declares refit {request.key!r} differently from the rank that opened "
+                "it; all ranks must give the same base, components, mode and world_size",
                 refit=refit.number,
             )
         if taken is not None:
@@ -143,8 +148,8 @@ class Catalog:
             )
         if refit.rank_of(peer) is not None:
             raise RefitConflict(
-                f"this connection is already rank {refit.rank_of(peer)} of refit {request.key!r}; each rank needs "
-                "a connection of its own",
+                f"this connection is already rank {refit.rank_of(peer)} of refit {request.key!r}; each rank "
+                "needs a connection of its own",
                 refit=refit.number,
             )
         refit.joined[request.rank] = peer
@@ -175,6 +180,10 @@ class Catalog:
 
     def _place(self, refit: Refit, specs: Sequence[TensorSpec]) -> None:
         sizes, placed = place_specs(specs, refit.targets, refit.base)
+        if sum(sizes) > MAX_NBYTES:
+            raise InvalidTensor(
+                f"{refit.describe()} asks for {sum(sizes):.3g} bytes at once, more than the store can address"
+            )
         extents = self.space.reserve(sizes)
         for spec, slot in placed:
             extent = extents[slot] if slot >= 0 else refit.targets[spec.alias_of or ""].extent
@@ -258,11 +267,10 @@ class Catalog:
         self.collect()
 
     def _abort(self, refit: Refit, reason: str) -> None:
-        never_written = bool(self.unaware(refit))
         refit.move(RefitState.ABORTED, reason)
         self.space.give_up(refit.number, refit.owned, refit.writing())
         refit.owned = []
-        if never_written and refit.base is not None:
+        if refit.declared.in_place and refit.base is not None and not refit.written:
             refit.base.torn = refit.torn_before
 
     def _leave(self, refit: Refit, peer: Peer) -> None:
@@ -280,7 +288,7 @@ class Catalog:
             everyone = range(refit.declared.world_size)
             absent = [rank for rank in everyone if rank not in refit.joined]
             slow = [rank for rank in refit.joined if rank not in refit.votes]
-            who = f"ranks {absent} never joined" if absent else f"ranks {slow} did not commit"
+            who = f"{_ranks(absent)} never joined" if absent else f"{_ranks(slow)} did not commit"
             self._abort(refit, f"{who} within {refit.declared.timeout:g} s")
         self.collect()
         return late
@@ -414,3 +422,8 @@ def _spec_of(record: TensorRecord) -> TensorSpec:
     return TensorSpec(
         record.name, record.dtype, record.shape, record.stride or contiguous_stride(record.shape)
     )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return f"ranks {list(ranks[:8])}{more}"

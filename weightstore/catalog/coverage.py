@@ -6,15 +6,18 @@ extent, so writing one of several tied names is writing them all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from itertools import pairwise
+from collections.abc import Iterable, Mapping
+from itertools import combinations
 from math import prod
 
 from weightstore.errors import CoverageError
-from weightstore.types import Box, Extent, TensorRecord
+from weightstore.types import Box, TensorRecord
 from weightstore.wire import Write
 
 _SHOWN = 8
+STEPS = 1 << 20
+STEPS_A_PART = 8
+"""What one commit's parts may cost to compare, in looks at a part: a mesh needs one a dimension."""
 
 
 def check_coverage(
@@ -24,6 +27,7 @@ def check_coverage(
 ) -> None:
     """Raise CoverageError unless `writes` cover every tensor of `targets` exactly once.
 
+    Parts that are very many and cut without any regularity are refused as "irregular".
     `targets` are the tensors the refit has a place for: everything it declared, or what it reserved.
     A write to any other name is unknown. `what` names the refit in the message.
     """
@@ -34,7 +38,8 @@ def check_coverage(
         if name not in names:
             names.append(name)
 
-    written: dict[Extent | str, list[tuple[str, Box | None]]] = {}
+    # Within one refit an offset is an extent. Empty tensors share none worth the name; each is by itself.
+    written: dict[int | str, list[Write]] = {}
     for write in writes:
         record = targets.get(write.name)
         if record is None:
@@ -42,21 +47,23 @@ def check_coverage(
         elif write.box is not None and not _fits(write.box, record.shape):
             report("mismatched", write.name)
         else:
-            # Empty tensors share no extent worth the name; each stands for itself.
-            key = record.extent if record.nbytes else record.name
-            written.setdefault(key, []).append((write.name, write.box))
+            written.setdefault(record.offset if record.nbytes else record.name, []).append(write)
 
+    work = _Work(STEPS + STEPS_A_PART * sum(map(len, written.values())))
     for parts in written.values():
-        name, box = parts[0]
-        if len(parts) == 1 and box is None:
+        if len(parts) == 1 and parts[0].box is None:
             continue
-        if any(part is None for _, part in parts):
-            report("duplicate", parts[-1][0])
+        name = parts[0].name
+        boxes = [part.box for part in parts if part.box is not None]
+        if len(boxes) < len(parts):
+            report("duplicate", parts[-1].name)
             continue
-        _check_boxes(targets[name], [part for _, part in parts if part is not None], report)
+        problem = _problem_with(boxes, targets[name].shape, work)
+        if problem:
+            report(problem, name)
 
     for name, record in targets.items():
-        if (record.extent if record.nbytes else record.name) not in written:
+        if (record.offset if record.nbytes else name) not in written:
             report("missing", name)
     if problems:
         raise CoverageError(describe_problems(what, problems), **problems)
@@ -77,19 +84,64 @@ def _fits(box: Box, shape: tuple[int, ...]) -> bool:
     )
 
 
-def _check_boxes(record: TensorRecord, boxes: list[Box], report: Callable[[str, str], None]) -> None:
-    """Exact cover: volumes add up and no two boxes meet. Shards of one dimension sort linearly."""
-    boxes = sorted((b for b in boxes if b.numel), key=lambda b: b.lo)
-    if _chain(boxes):
-        meets = False
-    else:
-        meets = any(a.intersects(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
-    if meets:
-        report("overlapping", record.name)
-    elif sum(b.numel for b in boxes) != prod(record.shape):
-        report("holes", record.name)
+def _problem_with(boxes: list[Box], shape: tuple[int, ...], work: _Work) -> str:
+    """What keeps these boxes from covering `shape` exactly: two that meet, or volumes that do not add up."""
+    boxes = [box for box in boxes if box.numel]
+    try:
+        if _meet(boxes, work):
+            return "overlapping"
+    except _TooIrregular:
+        return "irregular"
+    return "" if sum(box.numel for box in boxes) == prod(shape) else "holes"
 
 
-def _chain(boxes: list[Box]) -> bool:
-    """Whether sorted boxes are visibly disjoint because each ends, in dimension 0, before the next."""
-    return all(a.hi[:1] <= b.lo[:1] and bool(a.hi) for a, b in pairwise(boxes))
+class _TooIrregular(Exception):
+    """Parts that straight cuts do not separate, and too many to compare each with each."""
+
+
+class _Work:
+    """Comparing may take as long as a commit's parts are many, not the square of that."""
+
+    def __init__(self, steps: int) -> None:
+        self._left = steps
+
+    def spend(self, steps: int) -> None:
+        self._left -= steps
+        if self._left < 0:
+            raise _TooIrregular
+
+
+def _meet(boxes: list[Box], work: _Work) -> bool:
+    """Whether any two of these non-empty boxes meet.
+
+    Straight cuts between boxes, in one dimension after the other, part meshes of any number of
+    dimensions into single boxes; only what no cut separates is compared pair by pair.
+    """
+    undecided = [boxes]
+    while undecided:
+        group = undecided.pop()
+        if len(group) < 2:
+            continue
+        for dim in range(len(group[0].lo)):
+            work.spend(len(group))
+            parts = _cut(group, dim)
+            if len(parts) > 1:
+                undecided += parts
+                break
+        else:
+            work.spend(len(group) * (len(group) - 1) // 2)
+            if any(a.intersects(b) for a, b in combinations(group, 2)):
+                return True
+    return False
+
+
+def _cut(boxes: list[Box], dim: int) -> list[list[Box]]:
+    """The groups into which the planes across dimension `dim` that run through no box cut `boxes`."""
+    groups: list[list[Box]] = []
+    end = -1
+    for box in sorted(boxes, key=lambda b: b.lo[dim]):
+        if box.lo[dim] >= end:
+            groups.append([])
+        groups[-1].append(box)
+        end = max(end, box.hi[dim])
+    return groups

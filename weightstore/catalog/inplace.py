@@ -49,14 +49,14 @@ def require_sole_use(
         named = ", ".join(tag for tag in tags if tag != refit.tag)
         why = f"is also named by {named}" if named else f"is not what tag {refit.tag!r} names"
         raise VersionInUse(
-            f"an in-place refit of tag {refit.tag!r} would overwrite version {base.number} of {refit.model!r}, "
-            f"which {why}; move tags first, or refit without in_place",
+            f"an in-place refit of tag {refit.tag!r} would overwrite version {base.number} of "
+            f"{refit.model!r}, which {why}; move tags first, or refit without in_place",
             tags=tags,
         )
     if space.shared(r.extent for n, r in base.records.items() if refit.in_scope(n) and r.nbytes):
         raise VersionInUse(
-            f"what an in-place refit of {refit.model!r} tag {refit.tag!r} would overwrite is shared with another "
-            "live version; refit without in_place, or remove that version's tags and leases"
+            f"what an in-place refit of {refit.model!r} tag {refit.tag!r} would overwrite is shared with "
+            "another live version; refit without in_place, or remove that version's tags and leases"
         )
     for other in open_refits:
         if other.base is base:
@@ -66,7 +66,7 @@ def require_sole_use(
     for lease in leases:
         if not (lease.follow and lease.parked and lease.tag == refit.tag):
             raise VersionInUse(
-                f"{lease.peer} reads version {base.number} of {refit.model!r}; put that engine to sleep or release "
-                "the lease before an in-place refit",
+                f"{lease.peer} reads version {base.number} of {refit.model!r}; put that engine to sleep or "
+                "release the lease before an in-place refit",
                 holder=str(lease.peer),
             )

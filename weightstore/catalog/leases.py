@@ -64,6 +64,7 @@ class Leases:
     def __init__(self, models: Models) -> None:
         self._models = models
         self._leases: dict[int, Lease] = {}
+        self._of: dict[Peer, set[int]] = {}
         self._last_number = 0
 
     def __iter__(self) -> Iterator[Lease]:
@@ -71,6 +72,10 @@ class Leases:
 
     def __len__(self) -> int:
         return len(self._leases)
+
+    def count(self, peer: Peer) -> int:
+        """How many leases `peer` holds."""
+        return len(self._of.get(peer, ()))
 
     def on(self, model: str, version: int) -> list[Lease]:
         return [lease for lease in self if lease.model == model and version in lease.holds()]
@@ -88,6 +93,7 @@ class Leases:
         self._last_number += 1
         lease = Lease(self._last_number, peer, version.model, tag, version.number, follow, now)
         self._leases[lease.number] = lease
+        self._of.setdefault(peer, set()).add(lease.number)
         return lease
 
     def renew(
@@ -101,7 +107,8 @@ class Leases:
         torn: bool,
         now: float,
     ) -> tuple[Lease, Version]:
-        """Hold again what an earlier connection held. Raises LeaseLost if that version is gone.
+        """Hold again what an earlier connection held. Raises LeaseLost if that version is gone, or
+        is being overwritten and the holder takes it for readable.
 
         A parked follower reads no bytes, so it gets what its tag names now. `torn` is what the holder
         believes; if that is wrong, the next offer says so.
@@ -110,11 +117,11 @@ class Leases:
         held = found.versions.get(version) if found is not None else None
         if held is None and parked and found is not None and tag in found.tags:
             held = found.tagged(tag)
-        if held is None:
+        if held is None or (held.torn and not (parked or torn)):
+            # Who comes back late may be reading what an in-place refit has begun to overwrite since.
+            why = "is no longer in the store" if held is None else "was overwritten by an in-place refit"
             raise LeaseLost(
-                f"version {version} of {model!r} is no longer in the store; open a new lease",
-                model=model,
-                version=version,
+                f"version {version} of {model!r} {why}; open a new lease", model=model, version=version
             )
         lease = self.grant(peer, tag, held, follow, now)
         lease.parked, lease.torn = parked, torn
@@ -148,9 +155,11 @@ class Leases:
         """Raises LeaseLost."""
         self.get(number, peer)
         del self._leases[number]
+        self._of[peer].discard(number)
 
     def drop_peer(self, peer: Peer) -> None:
-        self._leases = {n: lease for n, lease in self._leases.items() if lease.peer != peer}
+        for number in self._of.pop(peer, ()):
+            del self._leases[number]
 
     def make_offers(self) -> list[tuple[Lease, Version]]:
         """Offers that are due now, with the version offered; each is out from here on."""

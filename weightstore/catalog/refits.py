@@ -20,8 +20,13 @@ from weightstore.catalog.coverage import describe_problems
 from weightstore.catalog.versions import Model, Version
 from weightstore.catalog.writers import Peer, Writer
 from weightstore.errors import CoverageError, InvalidTensor, RefitClosed, UsageError
-from weightstore.types import Extent, TensorRecord, TensorSpec, component_of, nbytes_of
+from weightstore.types import MAX_NAME, Extent, TensorRecord, TensorSpec, check_name, component_of, nbytes_of
 from weightstore.wire import OpenRefit, Write
+
+MAX_COMPONENTS: Final = 1000
+MAX_RANKS: Final = 1 << 16
+MAX_TENSORS: Final = 200_000
+"""Of one refit; placing so many takes the store a few seconds in which it answers nobody else."""
 
 
 class RefitState(Enum):
@@ -46,6 +51,7 @@ class Refit:
         owned: extents reserved for it, distinct and non-empty.
         joined: the peer of each rank that has come; `votes` what each committed rank wrote.
         torn_before: what was torn in the base when an in-place refit opened.
+        written: whether a writer has been told its places, so that bytes there may have changed.
     """
 
     number: int
@@ -59,6 +65,7 @@ class Refit:
     joined: dict[int, Peer] = field(default_factory=dict)
     votes: dict[int, list[Write]] = field(default_factory=dict)
     torn_before: frozenset[str] = frozenset()
+    written: bool = False
     state: RefitState = RefitState.OPEN
     version: int = 0
     reason: str = ""
@@ -122,7 +129,11 @@ class Refit:
         return [n for n, r in self.base.records.items() if n in wanted or r.extent in extents]
 
     def check_specs(self, specs: Sequence[TensorSpec]) -> None:
-        """Raise CoverageError with every name of `specs` that the refit may not write as given."""
+        """Raise CoverageError with every name of `specs` that the refit may not write as given, or UsageError
+        if they are too many."""
+        tensors = len(self.targets) + sum(spec.name not in self.targets for spec in specs)
+        if tensors > MAX_TENSORS:
+            raise UsageError(f"{self.describe()} would write {tensors} tensors; {MAX_TENSORS} are allowed")
         problems: dict[str, list[str]] = {}
         known = self.base.records if self.base is not None else {}
         for spec in specs:
@@ -146,8 +157,21 @@ class Refit:
         return f"refit of {self.model!r} tag {self.tag!r}{base}"
 
 
-def check_declaration(request: OpenRefit, model: Model | None, base: Version | None) -> None:
-    """Raise UsageError or CoverageError for a refit that contradicts itself or its base."""
+def check_request(request: OpenRefit) -> None:
+    """Raise InvalidName or UsageError for an opening that nothing could make right."""
+    check_name("model", request.model)
+    check_name("tag", request.tag)
+    components = request.components or []
+    if len(components) > MAX_COMPONENTS:
+        raise UsageError(
+            f"{len(components)} components are more than the {MAX_COMPONENTS} a refit can declare"
+        )
+    for component in components:
+        check_name("component", component)
+    if request.key is not None and len(request.key) > MAX_NAME:
+        raise UsageError(f"a refit's key of {len(request.key)} characters: {MAX_NAME} are allowed")
+    if not 0 < request.world_size <= MAX_RANKS:
+        raise UsageError(f"world_size is {request.world_size}; 1 to {MAX_RANKS} writers can share a refit")
     if not 0 <= request.rank < request.world_size:
         raise UsageError(f"rank {request.rank} is not in 0 to {request.world_size - 1} (world_size - 1)")
     if request.world_size > 1 and request.key is None:
@@ -156,13 +180,17 @@ def check_declaration(request: OpenRefit, model: Model | None, base: Version | N
         raise UsageError(f"timeout must be positive, not {request.timeout}")
     if request.in_place and (request.fresh or request.extend):
         raise UsageError("an in-place refit writes over its base, so it can be neither fresh nor extend it")
+
+
+def check_declaration(request: OpenRefit, model: Model | None, base: Version | None) -> None:
+    """Raise UsageError or CoverageError for a refit that contradicts its base."""
     if base is not None:
         present = {component_of(name) for name in base.records}
         unknown = [c for c in request.components or [] if c not in present]
         if unknown and not request.extend:
             raise CoverageError(
-                f"model {request.model!r} version {base.number} has no component {', '.join(unknown)}; it has "
-                f"{', '.join(sorted(present))} (extend=True adds new ones)",
+                f"model {request.model!r} version {base.number} has no component {', '.join(unknown)}; it "
+                f"has {', '.join(sorted(present))} (extend=True adds new ones)",
                 unknown=unknown,
             )
         return

@@ -128,8 +128,8 @@ class Model:
             return None
         known = ", ".join(sorted(self.tags))
         raise UnknownTag(
-            f"model {self.name!r} has neither a tag {tag!r} nor {DEFAULT_TAG!r} to start from; say which version "
-            f"is the base (base=…); its tags: {known}",
+            f"model {self.name!r} has neither a tag {tag!r} nor {DEFAULT_TAG!r} to start from; say which "
+            f"version is the base (base=…); its tags: {known}",
             model=self.name,
             tag=tag,
         )
