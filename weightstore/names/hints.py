@@ -8,8 +8,11 @@ from collections.abc import Iterable
 from difflib import SequenceMatcher
 from typing import Final
 
-CUTOFF: Final = 0.6
+CUTOFF: Final = 0.7
 """Of difflib's ratio: below it a name is no likeness."""
+NUMBER: Final = re.compile(r"(?<![^.])\d+(?![^.])")
+"""A segment that is a layer's number."""
+
 _RANKED: Final = 8
 """Names that are compared letter by letter: those with the most words in common."""
 _WORD: Final = re.compile(r"[A-Za-z]+|\d+")
@@ -19,21 +22,35 @@ class Hints:
     """Finds likenesses among `names`."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self._names = list(dict.fromkeys(names))
+        self._names = dict.fromkeys(names)
         self._with_word: defaultdict[str, list[str]] = defaultdict(list)
         for name in self._names:
             for word in set(_WORD.findall(name)):
                 self._with_word[word].append(name)
+        self._of_layers: dict[str, str | None] = {}
 
     def closest(self, name: str) -> str | None:
         """The likest name other than `name` itself: one that differs by a prefix, else by a few letters."""
+        alike = NUMBER.sub("*", name)
+        if alike in self._of_layers:
+            # What was found for one layer is what is meant for the others, if they have it.
+            known = self._of_layers[alike]
+            numbers = iter(NUMBER.findall(name))
+            meant = None if known is None else NUMBER.sub(lambda old: next(numbers, old[0]), known)
+            if meant is None or (meant in self._names and meant != name):
+                return meant
+        found = self._search(name)
+        self._of_layers[alike] = found
+        return found
+
+    def _search(self, name: str) -> str | None:
         # Rare words tell more: `norm_q` of block 17 is not likened to every `weight` there is.
         score: Counter[str] = Counter()
         for word in set(_WORD.findall(name)):
             having = self._with_word.get(word, ())
             for other in having:
                 score[other] += 1 + 1000 // len(having)
-        candidates = [other for other, _ in score.most_common(_RANKED) if other != name]
+        candidates = [other for other, _ in score.most_common(_RANKED + 1) if other != name]
         if not candidates and len(self._names) <= _RANKED:
             candidates = [other for other in self._names if other != name]
         best, best_ratio = None, CUTOFF

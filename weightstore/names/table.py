@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from rich import box
@@ -11,6 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from weightstore.names.hints import NUMBER
 from weightstore.names.rows import PROBLEMS, Kind, Row
 from weightstore.types import Box
 
@@ -21,9 +21,6 @@ WIDTH: Final = 160
 """Columns of a plan as text: names are long, and folded where they are longer."""
 MOST: Final = 40
 """Lines per kind, before the rest is only counted."""
-
-_NUMBER: Final = re.compile(r"(?<![^.])\d+(?![^.])")
-"""A segment that is a layer's number."""
 
 
 class Line(NamedTuple):
@@ -89,7 +86,7 @@ def _remark(row: Row) -> str:
 
 
 def _general(name: str) -> str:
-    return _NUMBER.sub("*", name)
+    return NUMBER.sub("*", name)
 
 
 def _box(part: Box, whole: tuple[int, ...]) -> str:
