@@ -23,6 +23,8 @@ from weightstore.wire import Verified
 
 PIECE: Final = 64 << 20
 """Bytes hashed between two looks at `cancelled`: about 5 ms."""
+HEAD_START: Final = 0.1
+"""Seconds that whoever waits for a commit, and followers, get before hashing competes with them."""
 
 
 def hash_extents(
@@ -77,8 +79,9 @@ class Checksummer:
             version = self._next()
             if version is None:
                 await self._wanted.wait()
+                await asyncio.sleep(HEAD_START)
                 continue
-            sums = await self._hash(version, version.extents - version.checksums.keys())
+            sums = await self._hash(version, [e for e in version.extents if e not in version.checksums])
             if not self._store.record_checksums(version, {**version.checksums, **sums}):
                 self._given_up.add(version)
 
@@ -109,7 +112,7 @@ class Checksummer:
     async def _hash(self, version: Version, extents: Iterable[Extent]) -> dict[Extent, int]:
         loop = asyncio.get_running_loop()
         buffer = self._store.arena.buffer
-        hashing = loop.run_in_executor(self._pool, hash_extents, buffer, sorted(extents), self._cancelled)
+        hashing = loop.run_in_executor(self._pool, hash_extents, buffer, extents, self._cancelled)
         sums = await hashing
         if sums is None:
             raise asyncio.CancelledError  # only `close` cancels a hash
