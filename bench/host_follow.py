@@ -58,6 +58,6 @@ def follow(settings: Settings) -> Iterator[Row]:
             engines.wait()
     yield Row(
         "follow",
-        f"{settings.engines} engines (processes) follow a tag of {WAN}: from commit to the last one's records",
+        f"{settings.engines} processes follow a tag of {WAN}: commit until the last has the records",
         {"measured": last[1:], "median engine": middle[1:], "commit answered": commits[1:]},
     )
