@@ -22,6 +22,7 @@ from weightstore.checkpoint.transfer import (
     is_row_major,
     move_all,
     move_piece,
+    piece_job,
     strided_jobs,
 )
 from weightstore.errors import CheckpointError, StorageError
@@ -91,6 +92,23 @@ def test_short_reads_and_writes_are_continued(tmp_path: Path) -> None:
     assert os.pread(out, 200, 20) == data[20:120]
     os.close(fd)
     os.close(out)
+
+
+def test_whoever_prepares_the_arena_is_told_of_stretches_before_they_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(bytes(range(1, 101)))
+    arena = memoryview(bytearray(2048))
+    told: list[tuple[int, int, int]] = []
+
+    def prepare(offset: int, nbytes: int) -> None:
+        told.append((offset, nbytes, sum(arena)))
+
+    fd = os.open(path, os.O_RDONLY)
+    ranges = ((0, 10), (256, 20), (512, 30), (1024, 40))  # the last leaves more than alignment free
+    piece_job(os.preadv, fd, Piece(0, 100, ranges), arena, "f", prepare).run()
+    os.close(fd)
+    assert told == [(0, 542, 0), (1024, 40, 0)]
+    assert sum(arena) == sum(range(1, 101))
 
 
 def test_a_file_that_ends_early_is_refused(tmp_path: Path) -> None:

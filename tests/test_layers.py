@@ -49,6 +49,7 @@ CLIENT = {
     "local",
     "mapping",
     "names",
+    "prefault",
     "reader",
     "records",
     "refits",

@@ -13,6 +13,7 @@ numpy and torch are imported on first use: a command-line client maps the arena 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightstore.errors import ArenaUnusable, UsageError
 from weightstore.layout import unpack_header
+from weightstore.prefault import Prefault
 from weightstore.types import ITEMSIZE
 
 if TYPE_CHECKING:
@@ -87,6 +89,7 @@ class ArenaMapping:
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self._before_close: list[Callable[[], None]] = []
         self._start: int | None = None
+        self._prefault: Prefault | None = None
         self._typed: dict[str, torch.Tensor] = {}
 
     @property
@@ -97,7 +100,9 @@ class ArenaMapping:
     def address(self) -> int:
         """Where the segment starts in this process."""
         pages = self._pages()
-        if self._start is None:
+        if self._start is None and self.writable:
+            self._start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        elif self._start is None:
             import numpy as np
 
             self._start = np.frombuffer(pages, np.uint8, 1).ctypes.data  # works for read-only pages too
@@ -120,6 +125,14 @@ class ArenaMapping:
                 offset=offset,
                 nbytes=nbytes,
             )
+
+    def prefault(self, offset: int, nbytes: int) -> None:
+        """Map the pages of a range that is about to be written here, faster than writing to them would; does
+        nothing on a read-only mapping. The range must have been committed."""
+        if self.writable:
+            if self._prefault is None:
+                self._prefault = Prefault(self.address, self.nbytes)
+            self._prefault(offset, nbytes)
 
     def array(self, offset: int, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """A uint8 array of shape (nbytes,). numpy believes it writable; the kernel decides."""

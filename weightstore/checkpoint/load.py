@@ -33,6 +33,7 @@ from weightstore.types import DEFAULT_TAG, TensorRecord, is_dense
 
 if TYPE_CHECKING:
     from weightstore.client import Store
+    from weightstore.mapping import ArenaMapping
     from weightstore.names import NameMap
 
 
@@ -95,7 +96,7 @@ def load_checkpoint(
         with store.refit(model, tag=tag, fresh=True) as refit:
             records = refit.reserve(taken.specs)
             reading = time.perf_counter()
-            move_all(_jobs(contents, taken, records, refit.mapping.buffer), progress)
+            move_all(_jobs(contents, taken, records, refit.mapping), progress)
             contents.check_unchanged()
             read_seconds = time.perf_counter() - reading
             refit.wrote(taken.pieces)
@@ -114,10 +115,13 @@ def load_checkpoint(
         )
 
 
-def _jobs(contents: Contents, taken: Intake, records: Iterable[TensorRecord], arena: memoryview) -> list[Job]:
+def _jobs(
+    contents: Contents, taken: Intake, records: Iterable[TensorRecord], mapping: ArenaMapping
+) -> list[Job]:
     """What to read: per file the tensors whose bytes lie in the arena as in the file, then the others."""
     placed: dict[SafetensorsFile, list[tuple[int, int, int]]] = {file: [] for file in contents.files}
     strided = []
+    arena = mapping.buffer
     for read in taken.reads(records):
         place, file = read.place, read.source.file
         if is_row_major(place.shape, place.stride) and is_dense(place.shape, place.stride):
@@ -125,7 +129,7 @@ def _jobs(contents: Contents, taken: Intake, records: Iterable[TensorRecord], ar
         else:
             strided += strided_jobs(os.preadv, file.fd, read.begin, place, arena, str(file.path))
     straight = [
-        piece_job(os.preadv, file.fd, piece, arena, str(file.path))
+        piece_job(os.preadv, file.fd, piece, arena, str(file.path), mapping.prefault)
         for file, triples in placed.items()
         for piece in cut(triples)
     ]

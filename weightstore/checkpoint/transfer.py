@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from weightstore.checkpoint.prefault import prefault
 from weightstore.errors import CheckpointError, StorageError
 from weightstore.types import ALIGN, ITEMSIZE, TensorRecord
 
@@ -36,6 +35,9 @@ Progress = Callable[[int, int], None]
 
 Mover = Callable[[int, Sequence[memoryview], int], int]
 """os.preadv or os.pwritev: (descriptor, buffers, file offset) → bytes moved."""
+
+Prepare = Callable[[int, int], object]
+"""Told (arena offset, nbytes) of what is about to be written."""
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -88,15 +90,32 @@ def cut(placed: Iterable[tuple[int, int, int]], piece_bytes: int = PIECE_BYTES) 
 
 def move_piece(move: Mover, fd: int, piece: Piece, arena: memoryview, file: str) -> None:
     """Move one piece; short reads and writes are continued. CheckpointError if the file ends early."""
-    # In ascending order the ranges are neighbours, with nothing between them but alignment.
-    first, last = piece.ranges[0][0], sum(piece.ranges[-1])
-    if 0 < last - first <= piece.nbytes + len(piece.ranges) * ALIGN:
-        prefault(arena[first:last])
     move_ranges(move, fd, piece.offset, [arena[at : at + n] for at, n in piece.ranges], file)
 
 
-def piece_job(move: Mover, fd: int, piece: Piece, arena: memoryview, file: str) -> Job:
-    return Job(piece.nbytes, lambda: move_piece(move, fd, piece, arena, file))
+def piece_job(
+    move: Mover, fd: int, piece: Piece, arena: memoryview, file: str, prepare: Prepare | None = None
+) -> Job:
+    """A job that moves one piece; `prepare` is called before with each stretch of the arena it goes to."""
+
+    def run() -> None:
+        if prepare is not None:
+            for offset, nbytes in stretches(piece.ranges):
+                prepare(offset, nbytes)
+        move_piece(move, fd, piece, arena, file)
+
+    return Job(piece.nbytes, run)
+
+
+def stretches(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges with those joined that follow each other but for alignment."""
+    joined: list[tuple[int, int]] = []
+    for offset, nbytes in ranges:
+        if joined and 0 <= offset - sum(joined[-1]) < ALIGN:
+            joined[-1] = (joined[-1][0], offset + nbytes - joined[-1][0])
+        else:
+            joined.append((offset, nbytes))
+    return joined
 
 
 def move_ranges(move: Mover, fd: int, offset: int, views: Iterable[memoryview], file: str) -> None:
