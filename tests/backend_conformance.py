@@ -13,6 +13,7 @@ from real_arena import MIB, RealArena, real_arena
 
 from engine_hooks.attach import make_backend
 from engine_hooks.backend import DeviceBackend, Image, Run
+from weightstore.cuda import driver
 from weightstore.errors import WeightstoreError
 from weightstore.types import ALIGN
 
@@ -23,8 +24,10 @@ CROSSING = 5 * MIB + 777
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def backend(request: pytest.FixtureRequest) -> Iterator[DeviceBackend]:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+    if request.param == "cuda":
+        usable, reason = driver.available()
+        if not (usable and torch.cuda.is_available()):
+            pytest.skip(f"no GPU: {reason or 'this torch has no CUDA'}")
     backend = make_backend(request.param)
     yield backend
     backend.close()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 
 import pytest
 import tiny_models
@@ -19,6 +21,7 @@ from engine_hooks.backend import Image
 from weightstore.client import Store
 from weightstore.errors import (
     AttachError,
+    DependencyMissing,
     DeviceError,
     DeviceMemoryError,
     EngineAsleep,
@@ -832,6 +835,20 @@ def test_what_cannot_be_attached(store: Store, model: str) -> None:
             EngineHook.attach(store, model, modules)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="no backend for device 'meta'"):
         EngineHook.attach(store, model, {"net": net()}, device="meta")
+    assert model not in store.models()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda", 1)])
+def test_without_a_gpu_it_says_what_is_missing(
+    store: Store, model: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
+    with pytest.raises(DependencyMissing, match=r"pip install weightstore\[cuda\]"):
+        EngineHook.attach(store, model, {"net": net()}, device=device)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", ModuleType("driver"))
+    with pytest.raises(DeviceError, match="sees no GPU"):
+        EngineHook.attach(store, model, {"net": net()}, device=device)
     assert model not in store.models()
 
 
