@@ -13,6 +13,7 @@ from itertools import accumulate
 
 import msgspec
 
+from weightstore.casts import refusal
 from weightstore.errors import InvalidName, InvalidTensor
 from weightstore.names.router import Route, Router
 from weightstore.names.rows import WRITTEN, Given, Kind, Row, Stored
@@ -89,13 +90,13 @@ def _judge(target: str, dtype: str, shape: tuple[int, ...], stored: Stored) -> t
             return Kind.UNKNOWN, error.message
     elif record.shape != shape:
         return Kind.MISMATCHED, f"{list(shape)}, stored {list(record.shape)}"
-    elif record.dtype != dtype:
-        return Kind.MISMATCHED, _dtypes(dtype, record.dtype)
+    elif why := refusal(dtype, record.dtype, stored.cast):
+        return Kind.MISMATCHED, _dtypes(dtype, record.dtype, why, stored)
     return None, ""
 
 
-def _dtypes(given: str, stored: str) -> str:
-    return f"{given}, stored {stored}"
+def _dtypes(given: str, dtype: str, why: str, stored: Stored) -> str:
+    return f"{given}, stored {dtype}" + (f"; {why}" if stored.cast != "never" else "")
 
 
 # -- several tensors, one name ------------------------------------------------------------------------
@@ -138,12 +139,17 @@ def _fuse(members: Sequence[Member], stored: Stored) -> list[Row]:
     rows = []
     for member in members:
         tensor, piece = member.given, member.route.piece
+        if pieces[piece] is not tensor:
+            rows.append(
+                _row(Kind.CONFLICT, tensor, target, member.route, note=_also(tensor.name, pieces[piece].name))
+            )
+            continue
         fits = (*shape[:dim], sizes[piece], *shape[dim + 1 :])
         if tensor.shape != fits:
             note = f"{list(tensor.shape)}, its piece of {list(whole)} is {list(fits)}"
             rows.append(_row(Kind.MISMATCHED, tensor, target, member.route, note=note))
-        elif tensor.dtype != dtype:
-            note = _dtypes(tensor.dtype, dtype)
+        elif why := refusal(tensor.dtype, dtype, "never" if record is None else stored.cast):
+            note = _dtypes(tensor.dtype, dtype, why, stored)
             rows.append(_row(Kind.MISMATCHED, tensor, target, member.route, note=note))
         else:
             box = _along(whole, dim, starts[piece], starts[piece + 1])
@@ -218,16 +224,22 @@ def _conflicts(rows: list[Row], stored: Stored) -> list[Row]:
             earlier = seen[stored.bytes_of(row.target)]
             other = next((o for o in earlier if _collide(row, o)), None)
             if other is not None:
-                by = f"{other.source} writes it too" if other.source != row.source else "given twice"
-                row = msgspec.structs.replace(row, kind=Kind.CONFLICT, note=by)
+                row = msgspec.structs.replace(row, kind=Kind.CONFLICT, note=_also(row.source, other.source))
             else:
                 earlier.append(row)
         judged.append(row)
     return judged
 
 
+def _also(source: str | None, other: str | None) -> str:
+    return "given twice" if source == other else f"{other} writes it too"
+
+
 def _collide(a: Row, b: Row) -> bool:
-    if a.box == b.box:
-        # Pieces without elements may well lie in one place.
-        return a.target == b.target and (a.box is None or a.box.numel > 0 or a.source == b.source)
-    return a.box is None or b.box is None or a.box.intersects(b.box)
+    if a.box is None and b.box is None:
+        return a.target == b.target
+    if a.box is None or b.box is None or a.whole != b.whole:
+        return True
+    if not a.box.numel or not b.box.numel:
+        return a.rules[-1:] != b.rules[-1:]  # pieces of one tensor, then; without elements they never meet
+    return a.target == b.target if a.box == b.box else a.box.intersects(b.box)
