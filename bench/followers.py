@@ -12,6 +12,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 
 from weightstore.client import connect
 from weightstore.reader import Lease
@@ -48,8 +49,10 @@ def main(socket: str, model: str, count: int) -> None:
             try:
                 follow(socket, model, ready)
                 code = 0
+            except Exception:
+                traceback.print_exc()
             finally:
-                os._exit(code)
+                os._exit(code)  # not through what the parent has registered for its own end
         children.append(pid)
     os.close(ready)
     waiting = count
@@ -57,8 +60,9 @@ def main(socket: str, model: str, count: int) -> None:
         waiting -= len(said)
     if not waiting:
         os.write(sys.stdout.fileno(), READY)
-    for pid in children:
-        os.waitpid(pid, 0)
+    failed = [pid for pid in children if os.waitpid(pid, 0)[1]]
+    if failed:
+        sys.exit(f"{len(failed)} of {count} followers failed")
 
 
 if __name__ == "__main__":
