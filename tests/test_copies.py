@@ -1,17 +1,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
 from fake_store import FakeArena, record
 
-from weightstore.copies import copy_all, module_tensors, sources_of, ties_that_differ
+from weightstore.copies import copy_all, ties_that_differ
 from weightstore.errors import CoverageError, InvalidTensor
 from weightstore.ledger import Ledger
 from weightstore.mapping import ArenaMapping
+from weightstore.sources import Source, gather, module_tensors
 from weightstore.tensors import place_of
+
+
+def sources_of(items: Iterable[tuple[str, torch.Tensor]]) -> list[Source]:
+    return gather((name, value, None) for name, value in items).sources
 
 
 @pytest.fixture

@@ -37,11 +37,14 @@ SERVICE = PURE | {
 CLIENT = {
     "bulk",
     "calls",
+    "casts",
     "checkpoint",
     "client",
+    "comparing",
     "connection",
     "copies",
     "cuda",
+    "dtensors",
     "inbox",
     "leases",
     "ledger",
@@ -54,9 +57,13 @@ CLIENT = {
     "records",
     "refits",
     "report",
+    "sharding",
     "snapshot",
+    "sources",
     "tensors",
     "trainer",
+    "transaction",
+    "writing",
 }
 OPERATOR = {"__main__", "cli", "cuda.doctor", "doctor"}
 """These may look at both sides; nothing else may look at them."""

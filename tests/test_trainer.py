@@ -176,14 +176,14 @@ def test_every_wrong_name_is_told_before_a_byte_moves(store: Store, monkeypatch:
     monkeypatch.setattr(weightstore.copies, "copy_all", lambda *_: pytest.fail("a byte moved"))
     wrong = {
         "t.w": torch.zeros(4, 3),
-        "t.b": torch.ones(3).half(),
+        "t.b": torch.ones(3).int(),
         "t.new": torch.ones(1),
         "v.w": torch.zeros(5),
     }
     with pytest.raises(CoverageError) as caught:
         refit.put_many(wrong)
     assert caught.value.details == {"mismatched": ["t.w", "t.b"], "unknown": ["t.new"], "undeclared": ["v.w"]}
-    assert "given float16 [3], stored float32 [3]" in caught.value.message
+    assert "given int32 [3], stored float32 [3]" in caught.value.message
     refit.abort()
 
 
@@ -352,7 +352,7 @@ def test_a_rank_that_gives_up_ends_the_refit_for_all(service: ServiceProcess, st
     with (
         pytest.raises(RefitAborted),
         service.connect() as other,
-        store.refit(MODEL(), key="k", world_size=2) as mine,
+        store.refit(MODEL(), key="k", rank=0, world_size=2) as mine,
     ):
         other.refit(MODEL(), key="k", rank=1, world_size=2).abort()
         mine.reserve([TensorSpec("t.w", "float32", (3, 4), (4, 1))])

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from weightstore import wire
+from weightstore.casts import Cast, check_mode
 from weightstore.connection import Connection
 from weightstore.errors import LeaseLost, UnknownModel, UsageError
 from weightstore.leases import Leases
@@ -20,6 +22,7 @@ from weightstore.mapping import ArenaMapping
 from weightstore.paths import socket_path
 from weightstore.reader import Lease
 from weightstore.refits import Refits
+from weightstore.sharding import rank_of
 from weightstore.trainer import Refit
 from weightstore.types import DEFAULT_TAG
 
@@ -103,30 +106,37 @@ class Store:
         tag: str = DEFAULT_TAG,
         *,
         components: Sequence[str] | None = None,
-        base: int | None = None,
+        base: int | str | None = None,
         partial: bool = False,
         extend: bool = False,
         fresh: bool = False,
         in_place: bool = False,
+        skip_unchanged: bool = False,
         key: str | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
         timeout: float = 600.0,
         names: NameMap | None = None,
+        cast: Cast = "safe",
     ) -> Refit:
         """Begin writing a new version of `model`, to be named `tag`.
 
         Args:
             components: the components to be written, each completely; None for all.
-            base: the version to start from; None for the tag's own, else `latest`'s.
+            base: the version to start from, or a tag that names it; None for the tag's own, else `latest`'s.
             partial: any subset of those components' tensors may be written.
             extend: tensors that the base lacks may be written too.
             fresh: start from nothing: the version holds exactly what is written.
             in_place: overwrite the base's bytes, for hosts without room for a second copy.
-            key, rank, world_size: writers that give the same key share one refit, which commits when all
-                have.
+            skip_unchanged: leave tensors where the base has them if the same bytes are given: they take no
+                new space, and engines copy nothing. Compared are tensors that one rank writes whole.
+            key: writers that give the same key share one refit, which commits when all have.
+            rank, world_size: of a shared refit; None for those of torch.distributed.
             timeout: seconds the ranks of a shared refit have, from its beginning to the last commit.
             names: how names of tensors that are put become stored names (`weightstore.NameMap`).
+            cast: what becomes of tensors of another dtype than stored. ``"safe"``: cast on their device,
+                bit for bit as ``tensor.to(dtype)``, unless floats would become integers (or the like) or a
+                value would overflow; ``"any"``: cast whatever it is; ``"never"``: refused.
 
         Raises:
             RefitConflict: a refit of this model and tag is open.
@@ -137,24 +147,33 @@ class Store:
         """
         if isinstance(components, str):
             raise UsageError(f"components is a list of names: [{components!r}]")
-        return self._refits.open(
-            wire.OpenRefit(
-                id=0,
-                model=model,
-                tag=tag,
-                base=base,
-                components=None if components is None else list(components),
-                partial=partial,
-                extend=extend,
-                fresh=fresh,
-                in_place=in_place,
-                key=key,
-                rank=rank,
-                world_size=world_size,
-                timeout=float(timeout),
-            ),
-            names,
-        )
+        cast = check_mode(cast)
+        rank, world_size = rank_of(key, rank, world_size)
+        with ExitStack() as meanwhile:
+            if isinstance(base, str):
+                # Leased, so that the version cannot be freed between looking it up and starting from it.
+                base = meanwhile.enter_context(self.lease(model, base)).version
+            return self._refits.open(
+                wire.OpenRefit(
+                    id=0,
+                    model=model,
+                    tag=tag,
+                    base=base,
+                    components=None if components is None else list(components),
+                    partial=partial,
+                    extend=extend,
+                    fresh=fresh,
+                    in_place=in_place,
+                    skip_unchanged=skip_unchanged,
+                    key=key,
+                    rank=rank,
+                    world_size=world_size,
+                    timeout=float(timeout),
+                ),
+                names,
+                cast,
+                lambda other: self.lease(model, other),
+            )
 
     @property
     def mapping(self) -> ArenaMapping:

@@ -83,6 +83,10 @@ class CoverageError(UsageError):
     """
 
 
+class CastRefused(UsageError):
+    """Values that do not fit the dtype they are stored in; `details["overflow"]` has the largest by name."""
+
+
 class RefitConflict(UsageError):
     """Another refit of the same model and tag is open; `details["holder"]` names it."""
 

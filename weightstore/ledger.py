@@ -17,6 +17,7 @@ from typing import Final
 
 import msgspec
 
+from weightstore.casts import Cast, refusal
 from weightstore.errors import CoverageError
 from weightstore.types import ITEMSIZE, Box, TensorRecord, TensorSpec, component_of
 from weightstore.wire import Write
@@ -25,14 +26,18 @@ _SHOWN: Final = 8
 
 
 class Item(msgspec.Struct, gc=False):
-    """Something written: whole, or in parts. `record` is its place, `names` those it was put under."""
+    """Something written: whole, or in parts; or `kept`, as what was given is what the base has. `record` is
+    its place, `names` those it was put under."""
 
     record: TensorRecord
     names: tuple[str, ...] = ()
     boxes: tuple[Box, ...] = ()
+    kept: bool = False
 
     @property
     def nbytes(self) -> int:
+        if self.kept:
+            return 0
         if not self.boxes:
             return self.record.nbytes
         return sum(box.numel for box in self.boxes) * ITEMSIZE[self.record.dtype]
@@ -55,6 +60,10 @@ class Ledger:
         self._closed = has_base and not extend
         self._components = None if components is None else frozenset(components)
         self._items: dict[Hashable, Item] = {}
+        self._first: dict[int, str] = {}
+        for record in base.values():
+            if record.nbytes:
+                self._first.setdefault(record.offset, record.name)
 
     @property
     def known(self) -> Mapping[str, TensorRecord]:
@@ -70,6 +79,11 @@ class Ledger:
         record = self._base.get(name) or self.places.get(name)
         return record.offset if record is not None and record.nbytes else name
 
+    def first_name(self, name: str) -> str:
+        """A name that is the same for `name` and those tied to it in the base, in every process."""
+        record = self._base.get(name)
+        return name if record is None else self._first.get(record.offset, name)
+
     def item(self, name: str) -> Item | None:
         """What was written as `name` or as a name tied to it."""
         return self._items.get(self.tie(name))
@@ -79,9 +93,12 @@ class Ledger:
         wanted: Iterable[tuple[str, str, tuple[int, ...]]],
         again: bool = False,
         parts: Iterable[tuple[str, str, Box, TensorSpec | None]] = (),
+        others: Iterable[TensorSpec] = (),
+        cast: Cast = "never",
     ) -> None:
         """May these (name, dtype, shape) be written whole, now (or `again`), and these (name, dtype, box,
-        spec) in part? A part's `spec` describes the whole of a tensor that has no expectation yet.
+        spec) in part? A part's `spec` describes the whole of the tensor that it is a part of. Of `others`
+        nothing is written here. Dtypes may differ as far as `cast` allows.
 
         Raises:
             CoverageError: naming all that may not, by kind; `overlapping` are parts of which something was
@@ -90,15 +107,7 @@ class Ledger:
         problems = Problems(self._what)
         whole: set[Hashable] = set()
         for name, dtype, shape in wanted:
-            expected = self.expected(name)
-            if not self._in_scope(name):
-                problems.add("undeclared", name)
-            elif expected is None:
-                if self._closed:
-                    problems.add("unknown", name)
-            elif (expected.dtype, expected.shape) != (dtype, shape):
-                given, stored = f"{dtype} {list(shape)}", f"{expected.dtype} {list(expected.shape)}"
-                problems.add("mismatched", name, f"given {given}, stored {stored}")
+            self._judge(problems, name, dtype, shape, cast)
             item = self.item(name)
             if item is not None and (item.boxes or (name in item.names and not again)):
                 problems.add("duplicate", name)
@@ -106,8 +115,29 @@ class Ledger:
         here: dict[Hashable, list[Box]] = {}
         for name, dtype, box, spec in parts:
             key = self.tie(name)
-            self._judge_part(problems, name, dtype, box, spec, key in whole, here.setdefault(key, []))
+            self._judge_part(problems, name, dtype, box, spec, key in whole, here.setdefault(key, []), cast)
+        for other in others:
+            self._judge(problems, other.name, other.dtype, other.shape, cast)
         problems.raise_any()
+
+    def _judge(
+        self, problems: Problems, name: str, dtype: str, shape: tuple[int, ...], cast: Cast
+    ) -> TensorRecord | None:
+        """Enter what is wrong with a tensor of this name, dtype and shape; its expectation if nothing is."""
+        expected = self.expected(name)
+        if not self._in_scope(name):
+            problems.add("undeclared", name)
+        elif expected is None:
+            if self._closed:
+                problems.add("unknown", name)
+        else:
+            why = refusal(dtype, expected.dtype, cast)
+            if expected.shape == shape and not why:
+                return expected
+            given, stored = f"{dtype} {list(shape)}", f"{expected.dtype} {list(expected.shape)}"
+            note = f"; {why}" if why and cast != "never" else ""
+            problems.add("mismatched", name, f"given {given}, stored {stored}{note}")
+        return None
 
     def _judge_part(
         self,
@@ -118,21 +148,31 @@ class Ledger:
         spec: TensorSpec | None,
         whole_here: bool,
         boxes_here: list[Box],
+        cast: Cast,
     ) -> None:
         """As `check`, of one part, in a call that writes the whole too (`whole_here`) or `boxes_here`, to
         which `box` is added if it may be written."""
-        expected = self.expected(name) or (None if self._closed else spec)
-        if expected is None:
+        stored = self.expected(name)
+        if stored is None and (spec is None or self._closed):
             problems.add("unknown", name, "a tensor the base lacks must be reserved before its parts are put")
             return
+        expected = stored or spec
+        assert expected is not None
         if not self._in_scope(name):
             problems.add("undeclared", name)
+        if spec is not None and spec.shape != expected.shape:
+            self._judge(problems, name, dtype, spec.shape, cast)
+            return
         inside = len(box.lo) == len(expected.shape) and all(
             0 <= lo and hi <= size for lo, hi, size in zip(box.lo, box.hi, expected.shape, strict=True)
         )
-        if dtype != expected.dtype or not inside:
+        why = refusal(dtype, expected.dtype, cast)
+        if why or not inside:
             part = f"{dtype} {list(box.lo)} to {list(box.hi)}"
-            problems.add("mismatched", name, f"given {part}, stored {expected.dtype} {list(expected.shape)}")
+            note = f"; {why}" if why and cast != "never" else ""
+            problems.add(
+                "mismatched", name, f"given {part}, stored {expected.dtype} {list(expected.shape)}{note}"
+            )
             return
         item = self.item(name)
         written = () if item is None else item.boxes
@@ -153,8 +193,23 @@ class Ledger:
         """`name` is being written whole, at its place. False if that was done under a tied name."""
         key = self.tie(name)
         item = self._items.get(key)
+        if item is None or (item.kept and name in self.places):
+            names = () if item is None else tuple(other for other in item.names if other != name)
+            self._items[key] = Item(self.places[name], (*names, name))
+            return True
+        item.names = (*item.names, name)
+        return False
+
+    def movable(self, name: str) -> bool:
+        """Whether `name` may stay where the base has it."""
+        return name in self._base and name not in self.places and self.item(name) is None
+
+    def keep(self, name: str) -> bool:
+        """`name` was given with the base's bytes and stays there. False if a tied name was before."""
+        key = self.tie(name)
+        item = self._items.get(key)
         if item is None:
-            self._items[key] = Item(self.places[name], (name,))
+            self._items[key] = Item(self._base[name], (name,), kept=True)
             return True
         item.names = (*item.names, name)
         return False
@@ -162,6 +217,12 @@ class Ledger:
     def enter_part(self, name: str, box: Box) -> None:
         item = self._items.setdefault(self.tie(name), Item(self.places[name], (name,)))
         item.boxes = (*item.boxes, box)
+
+    def add_name(self, name: str) -> None:
+        """What was entered in parts was given under `name` too."""
+        item = self.item(name)
+        if item is not None and name not in item.names:
+            item.names = (*item.names, name)
 
     def withdraw(self, name: str, box: Box | None = None) -> None:
         """What was entered did not get written."""
@@ -178,13 +239,18 @@ class Ledger:
             if item.boxes:
                 writes += [Write(item.record.name, box) for box in item.boxes]
             else:
-                writes.append(Write(item.record.name))
+                writes.append(Write(item.record.name, kept=item.kept))
         return writes
 
     @property
     def tensors(self) -> int:
         """Names written, each tied one counted."""
-        return sum(len(item.names) for item in self._items.values())
+        return sum(len(item.names) for item in self._items.values() if not item.kept)
+
+    @property
+    def unchanged(self) -> int:
+        """Names given and left where the base has them."""
+        return sum(len(item.names) for item in self._items.values() if item.kept)
 
     @property
     def nbytes(self) -> int:

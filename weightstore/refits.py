@@ -12,9 +12,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from weightstore import wire
+from weightstore.casts import Cast
 from weightstore.connection import Connection
 from weightstore.errors import DeviceError, StoreGone
 from weightstore.link import Link
@@ -22,6 +24,7 @@ from weightstore.trainer import Refit
 
 if TYPE_CHECKING:
     from weightstore.names import NameMap
+    from weightstore.reader import Lease
 
 _log = logging.getLogger("weightstore")
 
@@ -36,7 +39,9 @@ class Refits:
         self._owed = False
         self._greeted = False
 
-    def open(self, request: wire.OpenRefit, names: NameMap | None = None) -> Refit:
+    def open(
+        self, request: wire.OpenRefit, names: NameMap | None, cast: Cast, lease: Callable[[str], Lease]
+    ) -> Refit:
         """Begin or join a refit; see `Store.refit`."""
         started = time.perf_counter()
         connection = self._link.connect()
@@ -45,7 +50,8 @@ class Refits:
             wire.RefitOpened,
             undo=lambda late: connection.post(wire.AbortRefit(id=0, refit=late.refit), wire.Done),
         )
-        refit = Refit(connection, request, opened, self._link.open_writer(fd), started, self._forget, names)
+        mapping = self._link.open_writer(fd)
+        refit = Refit(connection, request, opened, mapping, started, self._forget, names, cast, lease)
         with self._lock:
             self._open.add(refit)
         return refit

@@ -16,6 +16,7 @@ class RefitReport:
         tensors: names this writer wrote.
         nbytes: bytes this writer wrote; tied tensors count once.
         seconds: from opening the refit to the answer to its commit.
+        unchanged: names this writer gave whose bytes are the base's and stayed there (``skip_unchanged``).
     """
 
     model: str
@@ -25,6 +26,7 @@ class RefitReport:
     tensors: int
     nbytes: int
     seconds: float
+    unchanged: int = 0
 
     @property
     def gb_per_s(self) -> float:
@@ -33,8 +35,9 @@ class RefitReport:
 
     def __str__(self) -> str:
         on = f" on version {self.base}" if self.base else ""
+        kept = f", {self.unchanged} unchanged" if self.unchanged else ""
         return (
             f"{self.model}: {self.tag} is now version {self.version}{on}: {self.tensors} "
             f"tensor{'' if self.tensors == 1 else 's'}, {format_size(self.nbytes)} in {self.seconds:.3g} s "
-            f"({self.gb_per_s:.3g} GB/s)"
+            f"({self.gb_per_s:.3g} GB/s){kept}"
         )

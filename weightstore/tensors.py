@@ -9,13 +9,16 @@ Invariants:
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import torch
 
 from weightstore.errors import InvalidTensor, ProtocolError
 from weightstore.mapping import ArenaMapping
+from weightstore.sharding import is_dtensor
 from weightstore.types import ITEMSIZE, TensorRecord, TensorSpec, contiguous_stride, is_dense
 
 DTYPES: Final[dict[str, torch.dtype]] = {name: getattr(torch, name) for name in ITEMSIZE}
@@ -66,10 +69,9 @@ def _unwrapped(name: str, value: torch.Tensor) -> torch.Tensor:
         raise InvalidTensor(
             f"tensor {name!r} is an uninitialized lazy parameter; run the module once", name=name
         )
-    distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and isinstance(value, distributed.DTensor):
+    if is_dtensor(value):
         raise InvalidTensor(
-            f"tensor {name!r} is a DTensor: put `.full_tensor()`, or each rank's `.to_local()` with put_part",
+            f"tensor {name!r} is a DTensor, which says itself what of it lies here: give it to put",
             name=name,
         )
     if type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
@@ -159,6 +161,37 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors of equal shape and dtype hold the same bits, wherever they are (NaNs included)."""
-    bits = _BITS[a.dtype.itemsize]
     with torch.no_grad():
-        return torch.equal(a.cpu().contiguous().view(bits), b.cpu().contiguous().view(bits))
+        return torch.equal(bits_of(a.cpu()), bits_of(b.cpu()))
+
+
+def bits_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The same elements as integers (or pairs of them), to compare bits instead of values."""
+    return tensor.detach().view(_BITS[tensor.dtype.itemsize])
+
+
+def tiles(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
+    """Index tuples that cut a tensor of `shape` into pieces of at most `limit` elements, in order. Pure."""
+    if not shape:
+        yield ()
+        return
+    row = math.prod(shape[1:])
+    if row <= limit:
+        step = max(limit // max(row, 1), 1)
+        for at in range(0, shape[0], step):
+            yield (slice(at, min(at + step, shape[0])), *(slice(0, n) for n in shape[1:]))
+        return
+    for at in range(shape[0]):
+        for rest in tiles(shape[1:], limit):
+            yield (slice(at, at + 1), *rest)
+
+
+PIECE: Final = 4 << 20
+"""Elements looked at in one go where that needs memory."""
+
+
+def same_pieces(place: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Whether `place` holds the bits of `tensor` once cast; the first piece that differs ends it."""
+    return all(
+        same_bits(place[tile], tensor[tile].detach().to(place.dtype)) for tile in tiles(place.shape, PIECE)
+    )

@@ -63,7 +63,8 @@ class OpenRefit(_Request, frozen=True, kw_only=True):
     `components` None means every component; with `partial` any subset of the named components'
     tensors may be written. `extend` permits names the base version lacks. `base` None means the
     tag's own version, else `latest`; a model without versions has no base, nor has a `fresh` refit:
-    its version holds exactly the tensors it reserves and writes.
+    its version holds exactly the tensors it reserves and writes. With `skip_unchanged` no place is
+    reserved for what is declared: writers reserve one for what changed, and say of the rest that it is kept.
     """
 
     model: str
@@ -74,6 +75,7 @@ class OpenRefit(_Request, frozen=True, kw_only=True):
     extend: bool = False
     fresh: bool = False
     in_place: bool = False
+    skip_unchanged: bool = False
     key: str | None = None
     rank: int = 0
     world_size: int = 1
@@ -88,10 +90,12 @@ class Reserve(_Request, frozen=True, kw_only=True):
 
 
 class Write(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One tensor (or, with `box`, a part of one) that the writer has finished writing."""
+    """One tensor (or, with `box`, a part of one) that the writer has finished writing; or, `kept`, whose
+    bytes it found to be the base's already."""
 
     name: str
     box: Box | None = None
+    kept: bool = False
 
 
 class CommitRefit(_Request, frozen=True, kw_only=True):

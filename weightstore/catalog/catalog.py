@@ -209,8 +209,9 @@ class Catalog:
         if not refit.complete():
             return None
         try:
-            check_coverage(refit.targets, refit.all_writes(), refit.describe())
-            if not refit.targets:
+            written = refit.all_writes()
+            check_coverage(refit.targets, written, refit.describe(), refit.staying(written))
+            if not written:
                 raise UsageError(f"{refit.describe()} wrote no tensor; nothing was changed")
         except UsageError as error:
             if refit.declared.world_size > 1:

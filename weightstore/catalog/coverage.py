@@ -24,12 +24,14 @@ def check_coverage(
     targets: Mapping[str, TensorRecord],
     writes: Iterable[Write],
     what: str,
+    staying: Mapping[str, TensorRecord] = {},
 ) -> None:
-    """Raise CoverageError unless `writes` cover every tensor of `targets` exactly once.
+    """Raise CoverageError unless `writes` cover every tensor of `targets` and `staying` exactly once.
 
     Parts that are very many and cut without any regularity are refused as "irregular".
     `targets` are the tensors the refit has a place for: everything it declared, or what it reserved.
-    A write to any other name is unknown. `what` names the refit in the message.
+    A write to any other name is unknown. `staying` are tensors of the base that have none: of each some
+    writer has to say that it `kept` it. `what` names the refit in the message.
     """
     problems: dict[str, list[str]] = {}
 
@@ -41,9 +43,9 @@ def check_coverage(
     # Within one refit an offset is an extent. Empty tensors share none worth the name; each is by itself.
     written: dict[int | str, list[Write]] = {}
     for write in writes:
-        record = targets.get(write.name)
+        record = (staying if write.kept else targets).get(write.name)
         if record is None:
-            report("unknown", write.name)
+            report("duplicate" if write.kept and write.name in targets else "unknown", write.name)
         elif write.box is not None and not _fits(write.box, record.shape):
             report("mismatched", write.name)
         else:
@@ -53,16 +55,16 @@ def check_coverage(
     for parts in written.values():
         if len(parts) == 1 and parts[0].box is None:
             continue
-        name = parts[0].name
+        name, kept = parts[0].name, parts[0].kept
         boxes = [part.box for part in parts if part.box is not None]
         if len(boxes) < len(parts):
             report("duplicate", parts[-1].name)
             continue
-        problem = _problem_with(boxes, targets[name].shape, work)
+        problem = _problem_with(boxes, (staying if kept else targets)[name].shape, work)
         if problem:
             report(problem, name)
 
-    for name, record in targets.items():
+    for name, record in (*targets.items(), *staying.items()):
         if (record.offset if record.nbytes else name) not in written:
             report("missing", name)
     if problems:

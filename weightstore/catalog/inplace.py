@@ -28,10 +28,11 @@ def torn_error(model: str, tag: str, version: Version) -> TagTorn:
 
 
 def require_torn_covered(refit: Refit, base: Version) -> None:
-    """A version may be built on a torn base only if it replaces every torn component whole."""
+    """A version may be built on a torn base only if it replaces every torn component whole, whatever its
+    bytes happen to be now."""
     declared = refit.declared
     covered = base.torn if declared.components is None else base.torn & set(declared.components)
-    if declared.partial or covered != base.torn:
+    if declared.partial or declared.skip_unchanged or covered != base.torn:
         raise torn_error(refit.model, refit.tag, base)
 
 

@@ -111,10 +111,20 @@ class Refit:
         return components is None or component_of(name) in components
 
     def declared_names(self) -> list[str]:
-        """The base's tensors that get a place at once: all in scope, unless the refit is partial."""
-        if self.base is None or self.declared.partial:
+        """The base's tensors that get a place at once: all in scope, unless some may stay where they are."""
+        if self.base is None or self.declared.partial or self.declared.skip_unchanged:
             return []
         return [name for name in self.base.records if self.in_scope(name)]
+
+    def staying(self, writes: Iterable[Write]) -> dict[str, TensorRecord]:
+        """The base's tensors without a place of which a writer has to say that they are unchanged: all in
+        scope; in a partial refit those of which one did."""
+        if self.base is None or not self.declared.skip_unchanged:
+            return {}
+        names: Iterable[str] = self.base.records
+        if self.declared.partial:
+            names = {write.name for write in writes if write.kept} & self.base.records.keys()
+        return {n: self.base.records[n] for n in names if n not in self.targets and self.in_scope(n)}
 
     def with_ties(self, names: Iterable[str]) -> list[str]:
         """`names` and every base tensor tied to one of them, in the base's order: a tie moves whole."""
@@ -180,6 +190,11 @@ def check_request(request: OpenRefit) -> None:
         raise UsageError(f"timeout must be positive, not {request.timeout}")
     if request.in_place and (request.fresh or request.extend):
         raise UsageError("an in-place refit writes over its base, so it can be neither fresh nor extend it")
+    if request.skip_unchanged and (request.in_place or request.fresh):
+        raise UsageError(
+            "skip_unchanged leaves tensors where the base has them; an in-place refit has no other place for "
+            "them, and a fresh one no base"
+        )
 
 
 def check_declaration(request: OpenRefit, model: Model | None, base: Version | None) -> None:
@@ -208,7 +223,8 @@ def same_transaction(first: OpenRefit, other: OpenRefit) -> bool:
 
     def shape(r: OpenRefit) -> tuple[object, ...]:
         scope = None if r.components is None else tuple(sorted(r.components))
-        return (r.base, scope, r.partial, r.extend, r.fresh, r.in_place, r.world_size)
+        modes = (r.partial, r.extend, r.fresh, r.in_place, r.skip_unchanged)
+        return (r.base, scope, modes, r.world_size)
 
     return shape(first) == shape(other)
 

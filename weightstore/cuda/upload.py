@@ -12,14 +12,16 @@ Streams and lifetimes:
   all-gathered tensor) do not pile up. A caller that overwrites a source in place must `fence` first;
 - a scratch slot is gathered into only after the copy that read it last, and copied only after its gather.
 
+The same slots serve to compare tensors with bytes of the arena on the GPU (`unchanged`): there the copy
+stream fills a slot and the gather stream reads it, each after the other's last use of it.
+
 Nothing lands after `drain` (or `close`) returned: a commit calls it first.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -28,6 +30,7 @@ from weightstore.cuda import driver
 from weightstore.cuda.copies import Copier
 from weightstore.cuda.pinning import Mapping, PinnedArena
 from weightstore.errors import DeviceError
+from weightstore.tensors import bits_of, tiles
 
 SCRATCH: Final = 64 << 20
 """Bytes of one of the two scratch slots; allocated only when something must be gathered."""
@@ -35,6 +38,8 @@ PENDING: Final = 4 << 30
 """Bytes that may be on their way before `put` waits."""
 GROUP: Final = 256 << 20
 """Bytes of copies covered by one event."""
+HEAD: Final = 1 << 20
+"""Bytes of a tensor that are compared before all of it is."""
 
 _cuda: Any = (
     torch.cuda
@@ -76,22 +81,6 @@ def _has_rows(dims: Sequence[Strides]) -> bool:
         return True
     row = dims[-1]
     return row.target == row.source == 1 and all(outer.source >= row.size for outer in dims[:-1])
-
-
-def tiles(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
-    """Index tuples that cut a tensor of `shape` into pieces of at most `limit` elements, in order. Pure."""
-    if not shape:
-        yield ()
-        return
-    row = math.prod(shape[1:])
-    if row <= limit:
-        step = max(limit // max(row, 1), 1)
-        for at in range(0, shape[0], step):
-            yield (slice(at, min(at + step, shape[0])), *(slice(0, n) for n in shape[1:]))
-        return
-    for at in range(shape[0]):
-        for rest in tiles(shape[1:], limit):
-            yield (slice(at, at + 1), *rest)
 
 
 class Uploader:
@@ -155,6 +144,21 @@ class Uploader:
             self._gathered(source, target)
         self._keep(source, nbytes)
         self.nbytes += nbytes
+
+    def unchanged(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[bool]:
+        """For each (place in the mapping, source on this device), equal in shape: does the place hold the
+        bits that `put` would give it? Sources are not read back; nothing is under way on return.
+
+        The head of every tensor is compared first: after a training step that settles nearly all of them.
+
+        Raises:
+            DeviceError: a place is not in the mapping, or the driver refused.
+        """
+        found = self._compare(pairs, HEAD)
+        alike = [number for number, equal in enumerate(found) if equal]
+        for number, equal in zip(alike, self._compare([pairs[n] for n in alike], 0), strict=True):
+            found[number] = equal
+        return found
 
     def fence(self) -> None:
         """Have later work on the caller's current stream wait for everything put so far, so that sources may
@@ -222,6 +226,34 @@ class Uploader:
             dims = merge(part.shape, part.stride(), dense.stride())
             self._rows(dims, dense.data_ptr(), self._offset(part), part.element_size())
             slot.copied.record(self._copy)
+
+    def _compare(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], head: int) -> list[bool]:
+        """As `unchanged`, of the first `head` bytes only unless that is 0."""
+        self._produced.record(torch.cuda.current_stream(self.device))
+        self._gather.wait_event(self._produced)
+        with torch.no_grad(), torch.cuda.device(self.device), torch.cuda.stream(self._gather):
+            differs = torch.zeros(len(pairs), dtype=torch.bool, device=self.device)
+            for number, (place, source) in enumerate(pairs):
+                if not place.numel():
+                    continue
+                order = sorted(range(place.dim()), key=place.stride, reverse=True)
+                place, source = place.permute(order), source.permute(order)
+                for tile in tiles(place.shape, (head or SCRATCH) // place.element_size()):
+                    part = place[tile]
+                    slot = self._slot()
+                    flat = slot.buffer[: part.numel() * part.element_size()]
+                    self._copy.wait_event(slot.filled)
+                    self._copier.to_device(
+                        [(flat.data_ptr(), self._offset(part), flat.numel())], self._copy.cuda_stream
+                    )
+                    slot.copied.record(self._copy)
+                    self._gather.wait_event(slot.copied)
+                    there = bits_of(flat.view(part.dtype).view(part.shape))
+                    differs[number] |= (there != bits_of(source[tile].to(part.dtype))).any()
+                    slot.filled.record(self._gather)
+                    if head:
+                        break
+            return [not different for different in differs.tolist()]
 
     def _rows(self, dims: Sequence[Strides], source: int, offset: int, item: int) -> None:
         """Enqueue the copies of `dims` from a source whose rows are contiguous."""

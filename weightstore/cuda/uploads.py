@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -61,6 +61,30 @@ class Uploads:
                     used.append(uploader)
             for uploader in used:
                 uploader.fence()
+
+    def unchanged(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[bool]:
+        """For each (place in the mapping, CUDA tensor), equal in shape: whether they have the same bits, once
+        the tensor is of the place's dtype.
+
+        Raises:
+            DeviceError: a device refused.
+        """
+        from weightstore.tensors import same_pieces
+
+        found = [False] * len(pairs)
+        devices = {tensor.device for _, tensor in pairs}
+        with self._lock:
+            for device in devices:
+                numbers = [n for n, (_, tensor) in enumerate(pairs) if tensor.device == device]
+                mine = [pairs[n] for n in numbers]
+                uploader = self._uploader(device)
+                if uploader is None:
+                    same = [same_pieces(place, tensor) for place, tensor in mine]
+                else:
+                    same = uploader.unchanged(mine)
+                for number, equal in zip(numbers, same, strict=True):
+                    found[number] = equal
+        return found
 
     def drain(self) -> None:
         """Wait until every copy handed over so far has landed.

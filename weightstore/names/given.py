@@ -24,7 +24,7 @@ def given_of(tensors: Any, prefix: str = "") -> list[Given]:
     torch = sys.modules.get("torch")  # whoever has a module or a tensor has imported it
     items: Iterable[Any]
     if torch is not None and isinstance(tensors, torch.nn.Module):
-        from weightstore.copies import module_tensors
+        from weightstore.sources import module_tensors
 
         items = module_tensors(tensors)
     else:

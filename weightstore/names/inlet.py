@@ -7,7 +7,7 @@ is refused as a whole, with all such names.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from weightstore.errors import CoverageError
 from weightstore.names.given import describe
@@ -17,10 +17,6 @@ from weightstore.names.refusal import refusal
 from weightstore.names.resolve import resolve
 from weightstore.names.router import Router
 from weightstore.names.rows import PROBLEMS, Row, Stored
-from weightstore.types import Box, TensorSpec, contiguous_stride
-
-if TYPE_CHECKING:
-    from weightstore.copies import Part
 
 
 class Inlet:
@@ -33,8 +29,8 @@ class Inlet:
         self._given = 0
         self._admitted = 0
 
-    def admit(self, items: Iterable[tuple[str, Any]]) -> tuple[list[tuple[str, Any]], list[Part]]:
-        """What these named tensors are in the store: whole tensors, and parts of fused ones.
+    def admit(self, items: Iterable[tuple[str, Any]]) -> list[tuple[str, Any, Row]]:
+        """What these named tensors are in the store: stored name, value, and which of its elements go where.
 
         Raises:
             CoverageError: names that have no place, or not of their dtype or shape; with likely ones.
@@ -46,20 +42,15 @@ class Inlet:
             rows = hinted(rows, [], self._stored)
             raise refusal(self._stored.what, rows, "nothing was written by this call")
         values = dict(items)
-        whole: list[tuple[str, Any]] = []
-        parts: list[Part] = []
-        for row in rows:
-            if row.target is None or row.source is None:
-                continue
-            value = values[row.source]
-            if row.box is None:
-                whole.append((row.target, value if row.part is None else _cut(row.source, value, row.part)))
-            else:
-                parts.append(_part(row, value))
+        routed = [
+            (row.target, values[row.source], row)
+            for row in rows
+            if row.target is not None and row.source is not None
+        ]
         self._given += len(items)
-        self._admitted += len(whole) + len(parts)
+        self._admitted += len(routed)
         self._used.update(number for row in rows for number in row.rules)
-        return whole, parts
+        return routed
 
     def check_used(self, alone: bool, wrote: bool) -> None:
         """Before the commit. Ranks of a shared refit (not `alone`) may each put what no rule is about, or
@@ -91,19 +82,3 @@ def _shaped(name: str, value: Any) -> Any:
     from weightstore.tensors import as_tensor
 
     return as_tensor(name, value)
-
-
-def _cut(name: str, value: Any, part: Box) -> Any:
-    from weightstore.tensors import as_tensor
-
-    return as_tensor(name, value)[tuple(slice(lo, hi) for lo, hi in zip(part.lo, part.hi, strict=True))]
-
-
-def _part(row: Row, value: Any) -> Part:
-    from weightstore.copies import Part
-    from weightstore.tensors import as_tensor
-
-    assert row.source is not None and row.target is not None
-    assert row.box is not None and row.whole is not None
-    whole = TensorSpec(row.target, row.dtype, row.whole, contiguous_stride(row.whole))
-    return Part(row.target, row.dtype, row.box, as_tensor(row.source, value), whole)

@@ -13,6 +13,7 @@ from itertools import accumulate
 
 import msgspec
 
+from weightstore.casts import refusal
 from weightstore.errors import InvalidName, InvalidTensor
 from weightstore.names.router import Route, Router
 from weightstore.names.rows import WRITTEN, Given, Kind, Row, Stored
@@ -89,13 +90,13 @@ def _judge(target: str, dtype: str, shape: tuple[int, ...], stored: Stored) -> t
             return Kind.UNKNOWN, error.message
     elif record.shape != shape:
         return Kind.MISMATCHED, f"{list(shape)}, stored {list(record.shape)}"
-    elif record.dtype != dtype:
-        return Kind.MISMATCHED, _dtypes(dtype, record.dtype)
+    elif why := refusal(dtype, record.dtype, stored.cast):
+        return Kind.MISMATCHED, _dtypes(dtype, record.dtype, why, stored)
     return None, ""
 
 
-def _dtypes(given: str, stored: str) -> str:
-    return f"{given}, stored {stored}"
+def _dtypes(given: str, dtype: str, why: str, stored: Stored) -> str:
+    return f"{given}, stored {dtype}" + (f"; {why}" if stored.cast != "never" else "")
 
 
 # -- several tensors, one name ------------------------------------------------------------------------
@@ -147,8 +148,8 @@ def _fuse(members: Sequence[Member], stored: Stored) -> list[Row]:
         if tensor.shape != fits:
             note = f"{list(tensor.shape)}, its piece of {list(whole)} is {list(fits)}"
             rows.append(_row(Kind.MISMATCHED, tensor, target, member.route, note=note))
-        elif tensor.dtype != dtype:
-            note = _dtypes(tensor.dtype, dtype)
+        elif why := refusal(tensor.dtype, dtype, "never" if record is None else stored.cast):
+            note = _dtypes(tensor.dtype, dtype, why, stored)
             rows.append(_row(Kind.MISMATCHED, tensor, target, member.route, note=note))
         else:
             box = _along(whole, dim, starts[piece], starts[piece + 1])

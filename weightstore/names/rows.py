@@ -11,6 +11,7 @@ from typing import Final
 
 import msgspec
 
+from weightstore.casts import Cast
 from weightstore.types import Box, TensorRecord, component_of
 
 
@@ -26,7 +27,7 @@ class Stored(msgspec.Struct, frozen=True):
     """What a refit writes into: the base's `records` (none for a first or fresh version) and the declaration.
 
     `what` names it in messages. `components` None means all. With `closed` a name that is not in `records`
-    may not be written; with `partial` any subset of them may.
+    may not be written; with `partial` any subset of them may. `cast` says which dtypes may differ.
     """
 
     what: str
@@ -34,6 +35,7 @@ class Stored(msgspec.Struct, frozen=True):
     components: frozenset[str] | None = None
     closed: bool = True
     partial: bool = False
+    cast: Cast = "never"
 
     def bytes_of(self, name: str) -> object:
         """What `name` shares with the names tied to it, and with no other."""

@@ -1,0 +1,290 @@
+"""What a refit writes: from tensors given to bytes at their places.
+
+Invariants:
+- nothing is copied before every name of a call has been checked, every value that may not fit its dtype has
+  been looked at, and the store has given it a place;
+- what failed to be copied does not count as written.
+
+torch is imported when a tensor comes; who fills the arena by other means (`reserve`, `wrote`) needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from weightstore import wire
+from weightstore.casts import Cast
+from weightstore.errors import ProtocolError, UsageError
+from weightstore.ledger import Ledger, Problems
+from weightstore.mapping import ArenaMapping
+from weightstore.records import check_records, end_of, read_records
+from weightstore.transaction import Transaction
+from weightstore.types import Box, TensorRecord, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from weightstore.lora.put import Refitting
+    from weightstore.names import NameMap, Row, Stored
+    from weightstore.reader import Lease
+    from weightstore.sources import Call, Part, Source
+
+
+class Writing:
+    """One refit's. Thread-safe; copies run in the thread that puts.
+
+    Attributes:
+        ledger: what may be written and has been.
+        stored: what is written into, for those who map names to it.
+    """
+
+    def __init__(
+        self,
+        life: Transaction,
+        declared: wire.OpenRefit,
+        opened: wire.RefitOpened,
+        mapping: ArenaMapping,
+        names: NameMap | None,
+        cast: Cast,
+    ) -> None:
+        self._life = life
+        self._declared = declared
+        self._mapping = mapping
+        self._cast = cast
+        base = {record.name: record for record in read_records(opened.base_records) or []}
+        self.ledger = Ledger(life.what, base, bool(life.base), declared.components, declared.extend)
+        self._add_places(opened.targets)
+        self._inlet = None
+        if names is not None:
+            from weightstore.names.inlet import Inlet
+
+            self._inlet = Inlet(names, self.stored)
+
+    @property
+    def stored(self) -> Stored:
+        from weightstore.names import Stored
+
+        declared = self._declared
+        components = None if declared.components is None else frozenset(declared.components)
+        closed = bool(self._life.base) and not declared.extend
+        return Stored(self._life.what, self.ledger.known, components, closed, declared.partial, self._cast)
+
+    def check_used(self) -> None:
+        """Before the commit: see `Inlet.check_used`."""
+        if self._inlet is not None:
+            self._inlet.check_used(self._life.alone, bool(self.ledger.tensors or self.ledger.unchanged))
+
+    # -- tensors -----------------------------------------------------------------------------------
+
+    def put(self, tensors: Mapping[str, Any] | Iterable[tuple[str, Any]], replicated: bool) -> None:
+        """See `Refit.put_many`."""
+        from weightstore.sources import Writers, gather
+
+        items = tensors.items() if isinstance(tensors, Mapping) else tensors
+        routed: Iterable[tuple[str, Any, Row | None]] = (
+            ((name, value, None) for name, value in items)
+            if self._inlet is None
+            else self._inlet.admit(items)
+        )
+        writers = Writers(self._declared.rank, self._declared.world_size, replicated)
+        self._write(gather(routed, writers, self.ledger.first_name))
+
+    def adapting(self, names: NameMap | None, lease: Callable[[str], Lease]) -> Refitting:
+        """What putting an adapter needs. It maps names itself."""
+        from weightstore.lora.put import Refitting
+        from weightstore.sources import gather
+
+        def write(items: Sequence[tuple[str, torch.Tensor]]) -> None:
+            self._write(gather((name, tensor, None) for name, tensor in items))
+
+        rank, world_size = self._declared.rank, self._declared.world_size
+        return Refitting(self.stored, names, rank, world_size, self.reserve, write, lease)
+
+    def put_part(self, name: str, tensor: Any, at: Sequence[int]) -> None:
+        """See `Refit.put_part`."""
+        from weightstore.sources import Call, Part
+        from weightstore.tensors import as_tensor, dtype_name
+
+        source = as_tensor(name, tensor)
+        lo = tuple(int(i) for i in at)
+        if len(lo) != source.dim():
+            raise UsageError(f"part of {name!r} at {list(lo)}: the part has {source.dim()} dimensions")
+        box = Box(lo, tuple(i + n for i, n in zip(lo, source.shape, strict=True)))
+        self._write(Call([], [Part(name, dtype_name(name, source.dtype), box, source)], []))
+
+    def _write(self, call: Call) -> None:
+        """Write what `call` says: all is checked before a byte moves."""
+        from weightstore.copies import copy_all
+        from weightstore.sharding import slices
+        from weightstore.tensors import place_of
+
+        life, ledger, places = self._life, self.ledger, self.ledger.places
+        kept = self._look_at_values(call)
+        entered: list[tuple[str, Box | None]] = []
+        with ExitStack() as landing:
+            with life.planning:
+                parts = self._checked(call)
+                sources = [source for source in call.sources if source.name not in kept]
+                self._find_places(self._specs(sources, call.parts))
+                landing.enter_context(self._landing(entered))
+                first = []
+                for name in kept:
+                    if ledger.keep(name):
+                        entered.append((name, None))
+                for source in sources:
+                    if ledger.enter(source.name):
+                        entered.append((source.name, None))
+                        first.append(source)
+                for part in parts:
+                    ledger.enter_part(part.name, part.box)
+                    entered.append((part.name, part.box))
+                for part in call.parts:
+                    ledger.add_name(part.name)
+            pairs = [(place_of(self._mapping, places[source.name]), source.tensor) for source in first]
+            for part in parts:
+                place = place_of(self._mapping, places[part.name])
+                pairs.append((place[slices(part.box)], part.tensor))
+            copy_all(pairs, self._mapping)
+
+    def _look_at_values(self, call: Call) -> list[str]:
+        """Refuse values that do not fit their stored dtype; the names whose values are the base's, if those
+        are to be left out."""
+        from weightstore.casts import refuse_overflow
+
+        given_all: list[Source | Part] = [*call.sources, *call.parts]
+        cast = [given for given in given_all if self._dtype(given) != given.dtype]
+        compared = []
+        if self._declared.skip_unchanged:
+            compared = [source for source in call.sources if self.ledger.movable(source.name)]
+        if not cast and not compared:
+            return []
+        with self._life.planning:
+            self._checked(call)
+        if self._cast != "any":
+            refuse_overflow(((g.name, g.tensor, self._dtype(g)) for g in cast), self._life.what)
+        if not compared:
+            return []
+        from weightstore.comparing import unchanged
+
+        records = [self.ledger.known[source.name] for source in compared]
+        same = unchanged(zip(records, (source.tensor for source in compared), strict=True), self._mapping)
+        return [source.name for source, equal in zip(compared, same, strict=True) if equal]
+
+    def _checked(self, call: Call) -> list[Part]:
+        """Raise for whatever keeps `call` from being written now; the parts that have to be."""
+        from weightstore.copies import parts_once, ties_that_differ
+
+        self._life.require_open()
+        parts = parts_once(call.parts, self.ledger, self._mapping, self._life.drain)
+        self.ledger.check(
+            ((source.name, source.dtype, source.shape) for source in call.sources),
+            parts=((part.name, part.dtype, part.box, part.whole) for part in parts),
+            others=call.others,
+            cast=self._cast,
+        )
+        problems = Problems(self._life.what)
+        differing = ties_that_differ(call.sources, self.ledger, self._mapping, self._life.drain)
+        for name, other in differing.items():
+            problems.add("mismatched", name, f"tied to {other}, whose values differ from those given")
+        problems.raise_any()
+        return parts
+
+    def _dtype(self, given: Source | Part) -> str:
+        """What it is stored as."""
+        expected = self.ledger.expected(given.name)
+        return given.dtype if expected is None else expected.dtype
+
+    def _specs(self, sources: Sequence[Source], parts: Sequence[Part]) -> list[TensorSpec]:
+        """What the store has to make room for, as far as there is none yet."""
+        specs = []
+        for source in sources:
+            if source.name not in self.ledger.places:
+                specs.append(msgspec.structs.replace(source.spec(), dtype=self._dtype(source)))
+        wholes = {part.name: self.ledger.expected(part.name) or part.whole for part in parts}
+        for name, whole in wholes.items():
+            if whole is not None:
+                alias = whole.alias_of if isinstance(whole, TensorSpec) else None
+                specs.append(TensorSpec(name, whole.dtype, whole.shape, whole.stride, alias))
+        return specs
+
+    @contextmanager
+    def _landing(self, entered: list[tuple[str, Box | None]]) -> Iterator[None]:
+        """Entering and copying; if anything goes wrong, nothing of `entered` counts as written."""
+        with self._life.landing():
+            try:
+                yield
+            except BaseException:
+                for name, box in entered:
+                    self.ledger.withdraw(name, box)
+                raise
+
+    # -- places ------------------------------------------------------------------------------------
+
+    def view(self, name: str, spec: TensorSpec | torch.Tensor | None) -> torch.Tensor:
+        """See `Refit.view`."""
+        from weightstore.tensors import spec_of, tensor_of
+
+        ledger = self.ledger
+        expected = ledger.expected(name)
+        if isinstance(spec, TensorSpec):
+            spec = TensorSpec(name, spec.dtype, spec.shape, spec.stride)
+        elif spec is not None:
+            spec = spec_of(name, spec)
+        elif expected is not None:
+            spec = TensorSpec(name, expected.dtype, expected.shape, expected.stride)
+        else:
+            problems = Problems(self._life.what)
+            problems.add("unknown", name, "give its dtype and shape, view(name, spec)")
+            raise problems.error()
+        with self._life.planning:
+            self._life.require_open()
+            ledger.check([(name, spec.dtype, spec.shape)], again=True)
+            self._find_places([spec])
+            self._life.begin_view()
+            item = ledger.item(name)
+            if item is None or name not in item.names:
+                ledger.enter(name)
+        return tensor_of(self._mapping, ledger.places[name])
+
+    def reserve(self, specs: Iterable[TensorSpec]) -> list[TensorRecord]:
+        """See `Refit.reserve`."""
+        specs = list(specs)
+        with self._life.planning:
+            self._life.require_open()
+            self._find_places(specs)
+            return [self.ledger.places[spec.name] for spec in specs]
+
+    def wrote(self, names: Iterable[str]) -> None:
+        """See `Refit.wrote`."""
+        names = list(names)
+        places = self.ledger.places
+        with self._life.planning:
+            self._life.require_open()
+            problems = Problems(self._life.what)
+            for name in names:
+                if name not in places:
+                    problems.add("unknown", name, "no place was reserved for it")
+            problems.raise_any()
+            self.ledger.check((name, places[name].dtype, places[name].shape) for name in names)
+            for name in names:
+                self.ledger.enter(name)
+
+    def _find_places(self, specs: Iterable[TensorSpec]) -> None:
+        """Have the store reserve what has no place yet, in one round trip."""
+        new = self.ledger.without_place(specs)
+        if new:
+            message = wire.Reserve(id=0, refit=self._life.number, specs=new)
+            records = self._life.ask(message, wire.Reserved).records
+            if [record.name for record in records] != [spec.name for spec in new]:
+                raise ProtocolError(f"the store reserved {len(records)} places for {len(new)} other tensors")
+            self._add_places(records)
+
+    def _add_places(self, records: list[TensorRecord]) -> None:
+        check_records(records)
+        if end_of(records) > self._mapping.nbytes:
+            raise ProtocolError(f"the store reserved places beyond the arena's {self._mapping.nbytes} bytes")
+        self.ledger.places.update((record.name, record) for record in records)
