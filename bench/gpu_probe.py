@@ -62,7 +62,7 @@ def run(results: Results) -> None:
         _pinning(results, segment, device)
         reader = segment.map(False)
         arena = PinnedArena.share(reader, device)
-        took = clock(arena.ensure, [(DATA_OFFSET, 34 * GIB)], device)
+        took = clock(arena.ensure, [(DATA_OFFSET, 34 * GIB)])
         results.put("pin", read_only_34_gib_s=took, read_only_34_gib_gbps=34 * GIB / took / 1e9)
         _vmm(results, device)
         _wakes(results, reader, best["h2d"])

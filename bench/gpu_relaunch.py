@@ -51,7 +51,7 @@ else:
         with store.lease("model") as snapshot:
             ranges = [(record.offset, record.nbytes) for record in snapshot.records.values()]
         began = time.perf_counter()
-        arena.ensure(ranges, driver.device(0))
+        arena.ensure(ranges)
         found["pin"] = time.perf_counter() - began
     began = time.perf_counter()
     hook = EngineHook.attach(store, "model", modules, device="cuda:0")

@@ -39,7 +39,7 @@ from weightstore.sizes import format_size
 
 PIECE: Final = 2 << 30
 """Bytes mapped at once: 256 MiB to 2 GiB wake equally fast, and large pieces are unmapped faster."""
-ASSIST_BYTES: Final = 4 << 30
+ASSIST_BYTES: Final = 6 << 30
 """Bytes at the start of a wake that engine and kernel copy side by side: about what the driver scrubs
 meanwhile, if the memory was freed just before."""
 ASSIST_BLOCKS: Final = 16
@@ -159,12 +159,13 @@ class CudaBackend:
         free, total = self._device.memory()
         return total - free
 
-    def pin_ahead(self, source: ArenaMapping) -> None:
-        """Register the whole arena in the background, so that the first wake need not."""
+    def pin_ahead(self, source: ArenaMapping, ranges: Iterable[tuple[int, int]]) -> None:
+        """Register the windows of these (offset, nbytes) ranges in the background: the first wake will need
+        them, and other things may be done until then."""
         self._check_open()
         self._copier(source)
         if self._source is not None:
-            self._source.arena.pin_ahead(self._device)
+            self._source.arena.pin_ahead(ranges)
 
     def close(self) -> None:
         if self._closed:

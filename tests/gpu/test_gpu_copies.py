@@ -8,7 +8,7 @@ from gpu_segment import MIB, WINDOW, Segment
 
 from weightstore.cuda import copies, driver
 from weightstore.cuda.copies import Copier
-from weightstore.cuda.pinning import PinnedArena
+from weightstore.cuda.pinning import PinnedArena, Window
 from weightstore.errors import DeviceError
 from weightstore.layout import DATA_OFFSET
 
@@ -16,8 +16,8 @@ from weightstore.layout import DATA_OFFSET
 class Unpinnable(PinnedArena):
     """A pinned arena whose every registration the driver refuses."""
 
-    def _register_window(self, window: int, device: driver.Device) -> None:
-        raise DeviceError(f"window {window} refused")
+    def _register(self, window: Window) -> None:
+        raise DeviceError(f"window at {window.start} refused")
 
 
 @pytest.fixture(params=["pinned", "staged"])
@@ -93,11 +93,11 @@ def test_staging_says_so_once_and_pins_again_when_it_can(
             copier.to_device([(out.data_ptr(), DATA_OFFSET, 100)], stream)
     stream.synchronize()
     assert [record.message for record in caplog.records if "bounce buffer" in record.message] == [
-        "copying through a bounce buffer, slower than the link: window 0 refused"
+        f"copying through a bounce buffer, slower than the link: window at {DATA_OFFSET} refused"
     ]
     assert copier.staged_bytes == 100
-    assert copier.staged_reason == "window 0 refused"
-    monkeypatch.setattr(Unpinnable, "_register_window", PinnedArena._register_window)
+    assert copier.staged_reason == f"window at {DATA_OFFSET} refused"
+    monkeypatch.setattr(Unpinnable, "_register", PinnedArena._register)
     copier.begin()
     copier.to_device([(out.data_ptr(), DATA_OFFSET, 100)], stream)
     stream.synchronize()
@@ -111,7 +111,7 @@ def test_batched_and_looped_calls_copy_the_same(segment: Segment, device: driver
     if not copies.batched_copies():
         pytest.skip("the bindings or the driver have no cuMemcpyBatchAsync of CUDA 13")
     arena = PinnedArena.share(segment.reader, device)
-    arena.ensure([(DATA_OFFSET, WINDOW)], device)
+    arena.ensure([(DATA_OFFSET, WINDOW)])
     stream = driver.Stream(device)
     count, size = 3000, 2048
     with device.current():

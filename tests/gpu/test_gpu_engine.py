@@ -326,7 +326,7 @@ def test_engines_killed_in_mid_wake_leave_the_arena_usable(store: Store, device:
     with EngineHook.attach(store, "big", {"net": net}, device="cuda:0") as hook:
         arena = PinnedArena.share(store.mapping, device)
         committed = read_committed(store.mapping.buffer)
-        arena.ensure([(DATA_OFFSET, committed)], device)
+        arena.ensure([(DATA_OFFSET, committed)])
         assert arena.pinned_bytes == committed
         arena.close()
         assert torch.equal(net.weight, weight)

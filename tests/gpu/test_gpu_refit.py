@@ -10,8 +10,7 @@ import torch
 
 from weightstore.client import Store
 from weightstore.cuda import upload
-from weightstore.cuda.driver import Device
-from weightstore.cuda.pinning import PinnedArena
+from weightstore.cuda.pinning import PinnedArena, Window
 from weightstore.errors import DeviceError
 from weightstore.local import local_store
 from weightstore.tensors import same_bits
@@ -85,14 +84,14 @@ def test_parts_from_ranks_land_in_their_boxes(store: Store) -> None:
 def test_pinned_windows_stay_pinned_from_refit_to_refit(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    registered: list[int] = []
-    register = PinnedArena._register_window
+    registered: list[Window] = []
+    register = PinnedArena._register
 
-    def counting(self: PinnedArena, window: int, device: Device) -> None:
+    def counting(self: PinnedArena, window: Window) -> None:
         registered.append(window)
-        register(self, window, device)
+        register(self, window)
 
-    monkeypatch.setattr(PinnedArena, "_register_window", counting)
+    monkeypatch.setattr(PinnedArena, "_register", counting)
     weight = torch.randn(10 * MIB, device="cuda")
     for _ in range(6):
         with store.refit("steady") as refit:

@@ -19,7 +19,7 @@ import ctypes
 import functools
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -104,7 +104,7 @@ class Copier:
         if self.staged_reason is not None:  # refused a moment ago: ask again only after `begin`
             return all(self._arena.is_pinned(offset, nbytes) for offset, nbytes in ranges)
         try:
-            self.pinned_new += self._arena.ensure(ranges, self._device)
+            self.pinned_new += self._arena.ensure(ranges)
         except DeviceError as error:
             self.staged_reason = error.message
             if not self._warned:
@@ -118,30 +118,30 @@ class Copier:
         return split(jobs, self._arena.window)
 
     def host_address(self, offset: int) -> int:
-        """Where an arena offset lies in this process, and, while its window is pinned, on the device."""
-        return self._arena.address + offset
+        """The address of an arena offset for copies by the device, once its window is pinned."""
+        return self._arena.address_of(offset)
 
     def to_device(self, jobs: Sequence[Job], stream: Stream | int) -> None:
         """Copy arena → device in stream order. Asynchronous where pinned; the arena's bytes must stay
         until the stream has been waited for."""
-        jobs = split(jobs, self._arena.window)
-        if self.prepare(jobs):
-            base = self._arena.address
-            self._enqueue([(address, base + offset, n) for address, offset, n in jobs], stream)
-        else:
-            self._staged().to_device(jobs, self._arena.address, stream)
-            self.staged_bytes += sum(n for _, _, n in jobs)
+        for part in self._pinnable(self.split(jobs)):
+            if self.prepare(part):
+                where = self._arena.address_of
+                self._enqueue([(address, where(offset), n) for address, offset, n in part], stream)
+            else:
+                self._staged().to_device(part, self._arena.address, stream)
+                self.staged_bytes += sum(n for _, _, n in part)
 
     def to_arena(self, jobs: Sequence[Job], stream: Stream | int) -> None:
         """Copy device → arena in stream order. Asynchronous where pinned; the source must stay, and the
         arena's bytes are complete, until or once the stream has been waited for."""
-        jobs = split(jobs, self._arena.window)
-        if self.prepare(jobs):
-            base = self._arena.address
-            self._enqueue([(base + offset, address, n) for address, offset, n in jobs], stream)
-        else:
-            self._staged().to_arena(jobs, self._arena.address, stream)
-            self.staged_bytes += sum(n for _, _, n in jobs)
+        for part in self._pinnable(self.split(jobs)):
+            if self.prepare(part):
+                where = self._arena.address_of
+                self._enqueue([(where(offset), address, n) for address, offset, n in part], stream)
+            else:
+                self._staged().to_arena(part, self._arena.address, stream)
+                self.staged_bytes += sum(n for _, _, n in part)
 
     def rows_to_arena(
         self, source: int, offset: int, rows: int, nbytes: int, step: int, pitch: int, stream: Stream | int
@@ -159,7 +159,8 @@ class Copier:
         if whole and self.prepare(extents):
             with self._device.current():
                 for at, start, count in whole:
-                    _copy_2d(at, self._arena.address + start, count, nbytes, step, pitch, _handle(stream))
+                    target = self._arena.address_of(start)
+                    _copy_2d(at, target, count, nbytes, step, pitch, _handle(stream))
         else:
             single = [
                 (at + row * step, start + row * pitch, nbytes)
@@ -174,6 +175,21 @@ class Copier:
         if self._bounce is not None:
             self._bounce.close()
             self._bounce = None
+
+    def _pinnable(self, jobs: Sequence[Job]) -> Iterator[Sequence[Job]]:
+        """The copies in order, cut before each window that must be pinned first: what comes before it is
+        under way while that is done."""
+        pinned = self._arena.is_pinned
+        start = 0
+        last = -1
+        for i, (_, offset, nbytes) in enumerate(jobs):
+            window = (offset - DATA_OFFSET) // self._arena.window
+            if window != last and start < i and not pinned(offset, nbytes):
+                yield jobs[start:i]
+                start = i
+            last = window
+        if start < len(jobs):
+            yield jobs[start:]
 
     def _staged(self) -> _Bounce:
         if self._bounce is None:

@@ -1,8 +1,10 @@
 """The arena registered with the CUDA driver, window by window, so that copies run at link speed.
 
 A window of the arena is registered when a copy first needs it (`ensure`) or ahead of that by a background
-thread (`pin_ahead`); it stays registered until `close`. One `PinnedArena` serves all users of one
-mapping in this process and all devices (registrations are portable).
+thread (`pin_ahead`). All users of one arena in this process, on whatever mapping and device, share what is
+registered (registrations are portable): a window that a trainer writes through its writable mapping is not
+registered again for an engine that reads it in the same process. It stays registered until the last
+of them has closed.
 
 Invariants:
 - a window is registered as a whole and only once it is committed, so registrations never share a page and
@@ -11,11 +13,12 @@ Invariants:
 - one registration at a time: in this process by a lock, across processes by a lock file named after
   the arena (concurrent registrations of one mapping can fail, and do not run faster);
 - before anything is unregistered, every device that copied from or to the arena has been waited for; the
-  mapping's pages are held (a view of its buffer) until the last window is unregistered.
+  pages of a mapping are held (a view of its buffer) until the last window is unregistered.
 
 Driver behaviour this relies on: a mapping without write permission needs the READ_ONLY flag, which a device
 may lack; page tables filled beforehand (MADV_POPULATE_*) make registering faster; a copy must not span two
-registrations (see `copies.split`).
+registrations (see `copies.split`); one process can register about as much as the host has memory, counting
+pages twice that it registers through two mappings.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from weightstore.cuda.driver import Device, api, call
 from weightstore.errors import DeviceError, UsageError
@@ -37,7 +40,6 @@ from weightstore.paths import default_socket, private_directory
 
 log = logging.getLogger(__name__)
 
-MADV_HUGEPAGE: Final = 14
 MADV_POPULATE_READ: Final = 22
 MADV_POPULATE_WRITE: Final = 23
 
@@ -65,71 +67,188 @@ class Mapping(Protocol):
     def uuid(self) -> str: ...
 
 
+class Window(NamedTuple):
+    """A window as offsets in the segment. The last one is shorter where the capacity cuts it, and another
+    window once a store has adopted the arena with a larger capacity."""
+
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+class _Pages(NamedTuple):
+    """One mapping's pages, held by `view`."""
+
+    address: int
+    writable: bool
+    view: memoryview
+
+
+class _Registrations:
+    """What this process has registered of one arena: window → address of the mapping it went through."""
+
+    all: dict[str, _Registrations] = {}  # noqa: RUF012 - by the arena's uuid, guarded by `guard`
+    guard = threading.Lock()
+
+    def __init__(self, uuid: str) -> None:
+        self.uuid = uuid
+        self.users = 0
+        self.devices: set[Device] = set()
+        self.lock = threading.Lock()  # held while registering: one request at a time
+        self.turn = threading.Condition()
+        self.requests = 0  # requests waiting or under way; background threads give way to them
+        self._pages: dict[int, _Pages] = {}
+        self._for_reading: dict[Window, int] = {}
+        self._for_writing: dict[Window, int] = {}  # which serves reading as well
+
+    def find(self, window: Window, writable: bool) -> int | None:
+        """Address of a mapping through which `window` is registered; None if it is not."""
+        found = self._for_writing.get(window)
+        return found if found is not None or writable else self._for_reading.get(window)
+
+    @property
+    def windows(self) -> list[Window]:
+        return list(self._for_reading.keys() | self._for_writing.keys())
+
+    def add_pages(self, mapping: Mapping) -> memoryview:
+        pages = self._pages.get(mapping.address)
+        if pages is None:
+            pages = self._pages[mapping.address] = _Pages(
+                mapping.address, mapping.writable, mapping.buffer[:]
+            )
+        return pages.view
+
+    def register(self, window: Window, through: int, device: Device) -> None:
+        """Register `window` through the mapping at `through`, or better through a writable one, which serves
+        both. The caller holds `lock`."""
+        pages = self._pages[through]
+        if not pages.writable:
+            # Of equal length, so that the window is the same one there.
+            same = (p for p in self._pages.values() if p.writable and len(p.view) == len(pages.view))
+            pages = next(same, pages)
+        flags = api().CU_MEMHOSTREGISTER_PORTABLE
+        if not pages.writable:
+            if not device.attribute("READ_ONLY_HOST_REGISTER_SUPPORTED"):
+                raise DeviceError(
+                    f"{device.name} cannot register memory that is mapped read-only "
+                    "(READ_ONLY_HOST_REGISTER_SUPPORTED is 0)"
+                )
+            flags |= api().CU_MEMHOSTREGISTER_READ_ONLY
+        address = pages.address + window.start
+        # Advice only: without it the driver faults the pages in itself, slower, or reports why it cannot.
+        _libc.madvise(address, window.nbytes, MADV_POPULATE_WRITE if pages.writable else MADV_POPULATE_READ)
+        with _file_lock(lock_path(self.uuid)), device.current():
+            try:
+                call("cuMemHostRegister", address, window.nbytes, flags)
+            except DeviceError as error:
+                raise DeviceError(
+                    f"{window.nbytes} bytes at {window.start} of the arena cannot be pinned: "
+                    f"{error.message}. {len(self.windows)} windows are pinned",
+                    **error.details,
+                ) from None
+        (self._for_writing if pages.writable else self._for_reading)[window] = pages.address
+
+    def unregister(self, window: Window, writable: bool) -> None:
+        table = self._for_writing if writable else self._for_reading
+        with next(iter(self.devices)).current():
+            call("cuMemHostUnregister", table[window] + window.start)
+        del table[window]
+
+    def release(self) -> None:
+        """Nobody uses the arena any more: wait for the devices, then unregister everything and let go of the
+        pages. `guard` is held, so that nobody begins to use it meanwhile."""
+        with self.lock:
+            for device in self.devices:
+                device.synchronize()  # whoever copies to or from the arena does it on one of these
+            for window in list(self._for_reading):
+                self.unregister(window, writable=False)
+            for window in list(self._for_writing):
+                self.unregister(window, writable=True)
+            for pages in self._pages.values():
+                pages.view.release()
+            self._pages.clear()
+
+
 class PinnedArena:
-    """The registered windows of one mapping. Thread-safe. Made by `share`, ended by `close`."""
+    """One user's hold on the registered windows of an arena, by its own mapping. Thread-safe. Made by
+    `share`, ended by `close`.
 
-    _shared: dict[int, PinnedArena] = {}  # noqa: RUF012 - by address of the mapping, guarded by _guard
-    _guard = threading.Lock()
+    Attributes:
+        address: where the mapping starts in this process.
+        window: bytes of a window.
+    """
 
-    def __init__(self, mapping: Mapping) -> None:
-        self._mapping = mapping
+    def __init__(self, mapping: Mapping, device: Device, registrations: _Registrations) -> None:
         self.address = mapping.address
-        self._pages = mapping.buffer[:]  # keeps the pages mapped until close
+        self._writable = mapping.writable
+        self._registrations = registrations
+        self._device = device
+        self._pages = registrations.add_pages(mapping)
         header = unpack_header(self._pages)
         self.window = header.window
         self._end = min(mapping.nbytes, header.nbytes)
-        self._lock_path = lock_path(mapping.uuid)
-        self._pinned: set[int] = set()
-        self._devices: set[Device] = set()
-        self._register = threading.Lock()  # held while registering: one request at a time
-        self._turn = threading.Condition()
-        self._requests = 0  # requests waiting or under way; the background thread gives way to them
         self._ahead: threading.Thread | None = None
-        self._closing = False
-        self._users = 1
+        self._closed = False
 
     @classmethod
     def share(cls, mapping: Mapping, device: Device) -> PinnedArena:
-        """The pinned arena of `mapping`, made on first use; each `share` is ended by one `close`."""
-        with cls._guard:
-            arena = cls._shared.get(mapping.address)
-            if arena is None:
-                arena = cls._shared[mapping.address] = cls(mapping)
-            else:
-                arena._users += 1
-            arena._devices.add(device)
-            return arena
+        """A hold for copies between `mapping` and `device`. What is registered already is shared."""
+        with _Registrations.guard:
+            registrations = _Registrations.all.get(mapping.uuid)
+            if registrations is None:
+                registrations = _Registrations.all[mapping.uuid] = _Registrations(mapping.uuid)
+            registrations.users += 1
+            registrations.devices.add(device)
+            try:
+                return cls(mapping, device, registrations)
+            except BaseException:
+                registrations.users -= 1
+                raise
 
     @property
     def pinned_bytes(self) -> int:
-        return sum(end - start for start, end in map(self._extent, tuple(self._pinned)))
+        """Bytes of the arena that are registered in this process, through whatever mapping."""
+        return sum(window.nbytes for window in self._registrations.windows)
 
     @property
-    def committed_windows(self) -> int:
-        """Number of windows that are committed, hence can be pinned, now."""
+    def committed_end(self) -> int:
+        """Where the committed data ends now, as an offset in the segment."""
         # A store that adopted the arena with a larger capacity may have committed beyond this mapping.
-        return -(-min(read_committed(self._pages), self._end - DATA_OFFSET) // self.window)
+        return min(DATA_OFFSET + read_committed(self._pages), self._end)
 
-    def windows(self, offset: int, nbytes: int) -> range:
-        """Numbers of the windows that `nbytes` bytes at `offset` of the segment touch."""
-        first = (offset - DATA_OFFSET) // self.window
-        return range(first, -(-(offset + nbytes - DATA_OFFSET) // self.window) if nbytes else first)
+    def windows(self, offset: int, nbytes: int) -> Iterator[Window]:
+        """The windows that `nbytes` bytes at `offset` of the segment touch."""
+        end = offset + nbytes
+        while offset < end:
+            window = self._window_at(offset)
+            yield window
+            offset = window.end
 
     def check(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Raise DeviceError unless the (offset, nbytes) ranges lie in committed windows: touching others
         would be SIGBUS."""
-        end = min(DATA_OFFSET + self.committed_windows * self.window, self._end)
+        end = self.committed_end
         for offset, nbytes in ranges:
             if not DATA_OFFSET <= offset <= offset + nbytes <= end:
                 raise DeviceError(
-                    f"bytes {offset} to {offset + nbytes} of arena {self._mapping.uuid} were to be copied, "
-                    f"but its committed data are bytes {DATA_OFFSET} to {end}"
+                    f"bytes {offset} to {offset + nbytes} of arena {self._registrations.uuid} were to be "
+                    f"copied, but its committed data are bytes {DATA_OFFSET} to {end}"
                 )
 
     def is_pinned(self, offset: int, nbytes: int) -> bool:
-        return all(window in self._pinned for window in self.windows(offset, nbytes))
+        find, writable = self._registrations.find, self._writable
+        return all(find(window, writable) is not None for window in self.windows(offset, nbytes))
 
-    def ensure(self, ranges: Iterable[tuple[int, int]], device: Device) -> int:
+    def address_of(self, offset: int) -> int:
+        """The address of an arena offset that copies have to use: where its window is registered, or that
+        of this hold's own mapping while it is not."""
+        found = self._registrations.find(self._window_at(offset), self._writable)
+        return (self.address if found is None else found) + offset
+
+    def ensure(self, ranges: Iterable[tuple[int, int]]) -> int:
         """Pin the windows that the (offset, nbytes) ranges touch; return the bytes newly registered.
 
         Blocks while registering: 13 to 40 GB/s on an H100 host, fastest with huge pages.
@@ -138,29 +257,38 @@ class PinnedArena:
             DeviceError: not committed, or the driver refused; none of this request's windows stays
                 registered.
         """
+        if self._closed:
+            raise DeviceError("this hold on the pinned arena was closed")
         ranges = tuple(ranges)
         self.check(ranges)
+        registrations = self._registrations
         wanted = {window for offset, nbytes in ranges for window in self.windows(offset, nbytes)}
-        if wanted <= self._pinned:
+        if all(registrations.find(window, self._writable) is not None for window in wanted):
             return 0
-        with self._turn:
-            self._requests += 1
+        with registrations.turn:
+            registrations.requests += 1
         try:
-            with self._register:
-                return self._pin(sorted(wanted - self._pinned), device)
+            with registrations.lock:
+                return self._pin(sorted(wanted))
         finally:
-            with self._turn:
-                self._requests -= 1
-                self._turn.notify_all()
+            with registrations.turn:
+                registrations.requests -= 1
+                registrations.turn.notify_all()
 
-    def pin_ahead(self, device: Device) -> None:
-        """Have a background thread pin every committed window. Returns at once; call it again when the
-        arena has grown. A refusal by the driver ends the thread and is logged; copies then meet it too."""
-        with self._turn:
-            if self._closing or (self._ahead is not None and self._ahead.is_alive()):
+    def pin_ahead(self, ranges: Iterable[tuple[int, int]] | None = None) -> None:
+        """Have a background thread pin the windows that the (offset, nbytes) ranges touch, in order; all
+        committed ones by default. Returns at once; does nothing while an earlier call is being served.
+
+        A refusal by the driver ends the thread and is logged; copies then meet it too.
+        """
+        if ranges is None:
+            ranges = [(DATA_OFFSET, self.committed_end - DATA_OFFSET)]
+        windows = sorted({window for offset, nbytes in ranges for window in self.windows(offset, nbytes)})
+        with self._registrations.turn:
+            if self._closed or (self._ahead is not None and self._ahead.is_alive()):
                 return
             self._ahead = threading.Thread(
-                target=self._pin_ahead, args=(device,), name="weightstore-pin", daemon=True
+                target=self._pin_ahead, args=(windows,), name="weightstore-pin", daemon=True
             )
             self._ahead.start()
 
@@ -171,100 +299,67 @@ class PinnedArena:
             thread.join()
 
     def close(self) -> None:
-        """End one user's share; the last one waits for the devices, then unregisters every window.
+        """End this hold; the arena's last one waits for the devices, then unregisters every window.
+        Idempotent.
 
         Raises:
             DeviceError: a device cannot be waited for, or a window cannot be unregistered; the windows
                 left registered stay so (and their pages mapped) until the process ends.
         """
-        with self._guard:
-            self._users -= 1
-            if self._users > 0:
+        registrations = self._registrations
+        with registrations.turn:
+            if self._closed:
                 return
-            if self._shared.get(self.address) is self:
-                del self._shared[self.address]
-        with self._turn:
-            self._closing = True
-            self._turn.notify_all()
+            self._closed = True
+            registrations.turn.notify_all()
         self.settle()
-        with self._register:
-            for device in self._devices:
-                device.synchronize()  # whoever copies to or from the arena does it on one of these
-            for window in sorted(self._pinned):
-                self._unregister(window)
-        self._pages.release()
+        with _Registrations.guard:
+            registrations.users -= 1
+            if not registrations.users:
+                del _Registrations.all[registrations.uuid]
+                registrations.release()
 
-    # -- one window ----------------------------------------------------------------------------------
+    # -- one request ---------------------------------------------------------------------------------
 
-    def _extent(self, window: int) -> tuple[int, int]:
-        start = DATA_OFFSET + window * self.window
-        return start, min(start + self.window, self._end)
+    def _window_at(self, offset: int) -> Window:
+        start = offset - (offset - DATA_OFFSET) % self.window
+        return Window(start, min(start + self.window, self._end))
 
-    def _pin(self, windows: list[int], device: Device) -> int:
-        """Register all of `windows` or none. The caller holds `_register`."""
-        done: list[int] = []
+    def _pin(self, windows: list[Window]) -> int:
+        """Register all of `windows` that are not, or none. The caller holds the registrations' lock."""
+        registrations = self._registrations
+        done: list[Window] = []
         try:
             for window in windows:
-                if self._closing:
-                    raise DeviceError(f"arena {self._mapping.uuid} is being unpinned")
-                self._register_window(window, device)
-                done.append(window)
+                if registrations.find(window, self._writable) is None:
+                    self._register(window)
+                    done.append(window)
         except DeviceError as error:
             for window in reversed(done):
                 # Nobody has copied through these: requests are served one at a time, and this one failed.
                 try:
-                    self._unregister(window)
+                    registrations.unregister(window, registrations.find(window, True) is not None)
                 except DeviceError as undo:
                     raise DeviceError(f"{error.message}; and rolling back failed: {undo.message}") from error
             raise
-        return sum(end - start for start, end in map(self._extent, done))
+        return sum(window.nbytes for window in done)
 
-    def _register_window(self, window: int, device: Device) -> None:
-        start, end = self._extent(window)
-        driver = api()
-        flags = driver.CU_MEMHOSTREGISTER_PORTABLE
-        if not self._mapping.writable:
-            if not device.attribute("READ_ONLY_HOST_REGISTER_SUPPORTED"):
-                raise DeviceError(
-                    f"{device.name} cannot register memory that is mapped read-only "
-                    "(READ_ONLY_HOST_REGISTER_SUPPORTED is 0)"
-                )
-            flags |= driver.CU_MEMHOSTREGISTER_READ_ONLY
-        address, nbytes = self.address + start, end - start
-        # Advice only: without it the driver faults the pages in itself, slower, or reports why it cannot.
-        _libc.madvise(address, nbytes, MADV_POPULATE_WRITE if self._mapping.writable else MADV_POPULATE_READ)
-        with _file_lock(self._lock_path), device.current():
-            try:
-                call("cuMemHostRegister", address, nbytes, flags)
-            except DeviceError as error:
-                raise DeviceError(
-                    f"window {window} of the arena ({nbytes} bytes) cannot be pinned: {error.message}. "
-                    f"{len(self._pinned)} windows are pinned",
-                    **error.details,
-                ) from None
-        self._pinned.add(window)
+    def _register(self, window: Window) -> None:
+        self._registrations.register(window, self.address, self._device)
 
-    def _unregister(self, window: int) -> None:
-        device = next(iter(self._devices))
-        with device.current():
-            call("cuMemHostUnregister", self.address + self._extent(window)[0])
-        self._pinned.discard(window)
-
-    def _pin_ahead(self, device: Device) -> None:
-        while True:
-            with self._turn:
-                self._turn.wait_for(lambda: self._closing or not self._requests)
-                if self._closing:
+    def _pin_ahead(self, windows: list[Window]) -> None:
+        registrations = self._registrations
+        for window in windows:
+            with registrations.turn:
+                registrations.turn.wait_for(lambda: self._closed or not registrations.requests)
+                if self._closed:
                     return
-            missing = [w for w in range(self.committed_windows) if w not in self._pinned]
-            if not missing:
-                return
             try:
-                with self._register:
-                    self._pin([w for w in missing[:1] if w not in self._pinned], device)
+                self.check([(window.start, window.nbytes)])
+                with registrations.lock:
+                    self._pin([window])
             except DeviceError as error:
-                if not self._closing:
-                    log.warning("pinning ahead stopped: %s", error.message)
+                log.warning("pinning ahead stopped: %s", error.message)
                 return
 
 
