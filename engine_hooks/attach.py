@@ -75,6 +75,10 @@ def attach(
     try:
         lease, published = lease_or_publish(store, model, tag, modules, publish_timeout)
         lease.require_readable(lease.version)
+        pin_ahead = getattr(backend, "pin_ahead", None)
+        if pin_ahead is not None:  # a device that pins memory can begin while the modules are looked at
+            records = [record for record in lease.records.values() if record.component in modules]
+            pin_ahead(lease.mapping, [(record.offset, record.nbytes) for record in records])
         ignored = matcher(ignore)
         surveys = survey(modules, lease.records, ignored, backend.device)
         following = Following(store, lease, {name: s.layout for name, s in surveys.items()}, ignored)
