@@ -140,6 +140,13 @@ def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
     if 0 in shape:
         return True
     expected = 1
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1 and step != expected:
+            break
+        expected *= size
+    else:
+        return True  # row-major, as nearly all are
+    expected = 1
     for step, size in sorted((st, sz) for sz, st in zip(shape, stride, strict=True) if sz != 1):
         if step != expected:
             return False
@@ -177,7 +184,8 @@ def check_spec(spec: TensorSpec) -> TensorSpec:
             f"tensor {name!r} has {len(spec.shape)} dimensions and {len(spec.stride)} strides; they must be "
             f"equal in number and at most {MAX_DIMS}"
         )
-    if any(not 0 <= n < MAX_NBYTES for n in (*spec.shape, *spec.stride)):
+    numbers = (0, *spec.shape, *spec.stride)
+    if min(numbers) < 0 or max(numbers) >= MAX_NBYTES:
         raise InvalidTensor(f"tensor {name!r} has a size or stride out of range")
     if nbytes_of(spec.dtype, spec.shape) > MAX_NBYTES:
         raise InvalidTensor(f"tensor {name!r} of shape {spec.shape} is larger than the store can address")
