@@ -52,6 +52,21 @@ def test_copies_of_all_sizes_land_and_nothing_beside_them(threads: int | None) -
     assert target.raw == bytes(expected)
 
 
+def test_every_large_piece_is_announced_before_it_is_copied() -> None:
+    source = ctypes.create_string_buffer(b"x" * (BATCH_BYTES + SMALL_BYTES), BATCH_BYTES + SMALL_BYTES)
+    target = ctypes.create_string_buffer(len(source))
+    told: list[tuple[int, int, bytes]] = []
+
+    def before(span: Span) -> None:
+        offset = span.target - ctypes.addressof(target)
+        told.append((offset, span.nbytes, target.raw[offset : offset + 1]))
+
+    spans = [Span(0, ctypes.addressof(target), ctypes.addressof(source), len(source))]
+    copy_spans(spans, 1, before)
+    assert told == [(0, BATCH_BYTES, b"\0"), (BATCH_BYTES, SMALL_BYTES, b"\0")]
+    assert target.raw == source.raw
+
+
 def test_an_error_is_raised_after_all_other_work_has_ended() -> None:
     started, done = threading.Barrier(2), []
 

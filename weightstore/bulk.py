@@ -71,15 +71,26 @@ def each(spans: Iterable[Span], work: Callable[[Span], object], threads: int | N
         task.result()
 
 
-def copy_spans(spans: Iterable[Span], threads: int | None = None) -> None:
-    """Copy each span from its source to its target address; the ranges must not overlap."""
+def copy_spans(
+    spans: Iterable[Span], threads: int | None = None, before: Callable[[Span], object] | None = None
+) -> None:
+    """Copy each span from its source to its target address; the ranges must not overlap.
+
+    `before` is called with every piece of a large span just before it is copied, on the thread that does so.
+    """
+
+    def copy(span: Span) -> None:
+        if before is not None:
+            before(span)
+        ctypes.memmove(span.target, span.source, span.nbytes)
+
     large = []
     for span in spans:
         if span.nbytes < SMALL_BYTES:
             _move_small(span.target, span.source, span.nbytes)
         else:
             large.append(span)
-    each(large, lambda span: ctypes.memmove(span.target, span.source, span.nbytes), threads)
+    each(large, copy, threads)
 
 
 def default_threads() -> int:

@@ -97,7 +97,8 @@ def copy_all(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], mapping: ArenaM
                 place.copy_(source)
         if on_device:
             uploads_into(mapping).put_all(on_device)
-        copy_spans(alike)
+        start = mapping.address
+        copy_spans(alike, before=lambda span: mapping.prefault(span.target - start, span.nbytes))
 
 
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
