@@ -20,7 +20,7 @@ from bench.shapes import total_bytes
 ROOT = Path(__file__).resolve().parent.parent
 
 CHILD = """
-import json, sys, time
+import json, os, sys, time
 import torch
 from bench.gpu_common import random_modules
 from bench.gpu_settings import GpuSettings
@@ -65,7 +65,8 @@ for _ in range(rounds):
     time.sleep(settings.asleep)
     times["wake"].append(clock(wake))
 assert torch.equal(parameter.view(torch.uint8), before.view(torch.uint8))
-print(json.dumps(times))
+print(json.dumps(times), flush=True)
+os._exit(0)  # torch_memory_saver calls it an error when its pool is freed, as it is at exit
 """
 
 WAYS = {
