@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from engine_hooks.adapters import Adapters
 from engine_hooks.backend import DeviceBackend
 from engine_hooks.component import Component
 from engine_hooks.following import Following
@@ -33,6 +34,7 @@ from weightstore.errors import (
     UnknownModel,
     UsageError,
 )
+from weightstore.lora.stored import COMPONENT as ADAPTERS
 from weightstore.mapping import ArenaMapping
 from weightstore.types import ALIGN, check_name
 
@@ -82,7 +84,9 @@ def attach(
         ignored = matcher(ignore)
         surveys = survey(modules, lease.records, ignored, backend.device)
         following = Following(store, lease, {name: s.layout for name, s in surveys.items()}, ignored)
-        components, copied, runs = move_in(backend, surveys, modules, lease.mapping)
+        components, copied, runs, merged = move_in(
+            backend, surveys, modules, following.held.adapters, lease.mapping
+        )
     except BaseException:
         backend.close()
         if lease is not None:
@@ -108,6 +112,7 @@ def attach(
         weight_bytes=sum(component.layout.nbytes for component in components),
         state_bytes=sum(component.engine_state.nbytes for component in components),
         copied_bytes=copied,
+        merged=merged,
         runs=runs,
         restrided=restrided,
         seconds=time.perf_counter() - began,
@@ -121,6 +126,10 @@ def check_components(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         raise AttachError("there is nothing to attach: give the engine's modules by component name")
     for name, module in modules.items():
         check_name("component", name)
+        if name == ADAPTERS:
+            raise AttachError(
+                f"component name {name!r} is taken: it holds the adapters of the other components"
+            )
         if "." in name:
             raise AttachError(
                 f"component name {name!r} has a dot; the component is what stands before the first dot"
@@ -201,12 +210,13 @@ def move_in(
     backend: DeviceBackend,
     surveys: Mapping[str, Survey],
     modules: Mapping[str, nn.Module],
+    added: Adapters,
     source: ArenaMapping,
-) -> tuple[list[Component], int, int]:
+) -> tuple[list[Component], int, int, int]:
     """Reserve and fill the images, copy engine state there, and bind the modules' tensors to them.
 
-    Returns the components (to be moved to AWAKE), bytes copied and runs. On any failure the modules are
-    as before; the images are the backend's to free.
+    Returns the components (to be moved to AWAKE), bytes copied, runs, and the number of weights that got an
+    adapter. On any failure the modules are as before; the images are the backend's to free.
     """
     components = []
     fills = []
@@ -215,6 +225,7 @@ def move_in(
         components.append(Component(surveyed, image, modules[name]))
         fills.append((image, runs_of(surveyed.layout, surveyed.layout.records)))
     backend.wake(fills, source)
+    merged = sum(component.adapt(component.layout.slots, added, source) for component in components)
     bound: list[Component] = []
     try:
         # Normal tensors, whatever mode the caller is in: inference tensors have no version to raise.
@@ -236,4 +247,5 @@ def move_in(
         components,
         sum(run.nbytes for _, runs in fills for run in runs),
         sum(len(runs) for _, runs in fills),
+        merged,
     )

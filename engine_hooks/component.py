@@ -10,11 +10,13 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from engine_hooks.backend import DeviceBackend, Image, Run
+from engine_hooks import adapters
+from engine_hooks.adapters import Adapters
+from engine_hooks.backend import DeviceBackend, Image
 from engine_hooks.binding import Binding
 from engine_hooks.guard import Guard
 from engine_hooks.lifecycle import Event, State, advance
-from engine_hooks.plan import Records, Slot, slot_runs
+from engine_hooks.plan import Records, Slot, runs_for, slot_runs
 from engine_hooks.state import EngineState
 from engine_hooks.survey import Survey
 from weightstore.mapping import ArenaMapping
@@ -82,6 +84,13 @@ class Component:
         self._stale = set()
         return [name for slot in changed for name in slot.names]
 
+    def adapt(self, slots: Iterable[Slot], added: Adapters, source: ArenaMapping) -> int:
+        """Add adapters to those of these slots that have one, and return how many have. The slots hold the
+        base's bytes."""
+        todo = adapters.adapted(slots, added)
+        adapters.add(self.image.tensor(), self.layout, todo, source)
+        return len(todo)
+
     def leave(self, keep_weights: bool) -> None:
         """Move the tensors out of the image, which may then be freed, and take the guard away."""
         with torch.inference_mode(False), torch.no_grad():
@@ -90,20 +99,31 @@ class Component:
             self._guard.remove()
 
     def differing(
-        self, backend: DeviceBackend, runs: list[Run], records: Records, source: ArenaMapping
-    ) -> list[str]:
-        """Names of weights whose bytes in the image are not the arena's.
+        self, backend: DeviceBackend, records: Records, added: Adapters, source: ArenaMapping
+    ) -> tuple[list[str], int]:
+        """Names of weights whose bytes in the image are not the version's, and how many are sums.
 
-        Whole runs are compared first, at copy speed; only where one differs its tensors are, one by one,
-        since the padding between tensors means nothing.
+        What has no adapter is compared with the arena. What has one is compared with the sum of base and
+        adapter, computed anew from the arena on the same device.
         """
-        unequal = backend.differing(self.image, runs, source)
+        plain = adapters.unadapted(self.layout.slots, added)
+        sums = adapters.adapted(self.layout.slots, added)
+        wrong = self._unlike_the_arena(backend, plain, records, source)
+        wrong += adapters.differing(self.image.tensor(), self.layout, sums, records, source)
+        return [name for slot in wrong for name in slot.names], len(sums)
+
+    def _unlike_the_arena(
+        self, backend: DeviceBackend, slots: list[Slot], records: Records, source: ArenaMapping
+    ) -> list[Slot]:
+        """Whole runs are compared first, at copy speed; only where one differs its tensors are, one by one,
+        since the padding between tensors means nothing."""
+        unequal = backend.differing(self.image, runs_for(slots, records), source)
         if not unequal:
             return []
         suspects = [
             (slot, run)
-            for slot, run in slot_runs(self.layout.slots, records)
+            for slot, run in slot_runs(slots, records)
             if any(bad.target <= run.target < bad.target + bad.nbytes for bad in unequal)
         ]
         bad_runs = set(backend.differing(self.image, [run for _, run in suspects], source))
-        return [name for slot, run in suspects if run in bad_runs for name in slot.names]
+        return [slot for slot, run in suspects if run in bad_runs]

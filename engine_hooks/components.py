@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from engine_hooks.adapters import readapted_slots
 from engine_hooks.backend import DeviceBackend, Run
 from engine_hooks.component import Component
 from engine_hooks.following import Held
@@ -72,16 +73,18 @@ class Components:
                 component.move(Event.FAILED if component.image.mapped else Event.SLEPT)
         return saved
 
-    def fill(self, todo: Sequence[Component], held: Held, source: ArenaMapping) -> tuple[list[Run], int]:
-        """Weights from the arena, engine state from its saved copy, or nothing mapped that was not.
+    def fill(self, todo: Sequence[Component], held: Held, source: ArenaMapping) -> tuple[list[Run], int, int]:
+        """Weights from the arena, adapters added to them, engine state from its saved copy; or nothing mapped
+        that was not.
 
-        Returns the runs copied and the bytes of state restored.
+        Returns the runs copied, the number of weights that got an adapter, and the bytes of state restored.
         """
         unmapped = [component.image for component in todo if not component.image.mapped]
         runs = [runs_of(component.layout, held.records[component.name]) for component in todo]
         images = [component.image for component in todo]
         self._backend.wake(list(zip(images, runs, strict=True)), source)
         try:
+            merged = sum(component.adapt(component.layout.slots, held.adapters, source) for component in todo)
             restored = sum(component.engine_state.restore(component.image.tensor()) for component in todo)
         except BaseException:
             self._backend.unmap(unmapped)
@@ -89,33 +92,40 @@ class Components:
         for component in todo:
             component.engine_state.restored()
             component.move(Event.WOKE)
-        return [run for some in runs for run in some], restored
+        return [run for some in runs for run in some], merged, restored
 
     def missed_all(self) -> None:
         """A version came of which no image holds anything for certain."""
         for component in self._all.values():
             component.missed(None)
 
-    def update(self, old: Held, new: Held, comparable: bool, source: ArenaMapping) -> list[Run]:
-        """Bring awake images from `old` to `new`; on failure those with something to copy are BROKEN."""
+    def update(self, old: Held, new: Held, comparable: bool, source: ArenaMapping) -> tuple[list[Run], int]:
+        """Bring awake images from `old` to `new`; on failure those with something to copy are BROKEN.
+
+        Returns the runs copied and the number of weights that got an adapter.
+        """
         todo = []
+        merged = 0
         for name, component in self._all.items():
             slots: list[Slot] | None = None
             if comparable:
                 slots = changed_slots(component.layout, old.records[name], new.records[name])
+                slots += readapted_slots(component.layout, old.adapters, new.adapters)
             component.missed(slots)
             runs = runs_for(component.stale_slots(), new.records[name]) if component.awake else []
             if runs:
                 todo.append((component, runs))
         try:
             self._backend.update([(component.image, runs) for component, runs in todo], source)
+            for component, _ in todo:
+                merged += component.adapt(component.stale_slots(), new.adapters, source)
         except BaseException:
             for component, _ in todo:
                 component.move(Event.FAILED)
             raise
         for component, _ in todo:
             component.move(Event.REFITTED)
-        return [run for _, runs in todo for run in runs]
+        return [run for _, runs in todo for run in runs], merged
 
 
 def require_bound(components: Iterable[Component]) -> None:

@@ -16,8 +16,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from engine_hooks.adapters import Adapters
 from engine_hooks.plan import Layout, Records, by_component, misfits
 from weightstore.errors import AttachError, LeaseLost, StoreGone, StoreTimeout, WeightstoreError
+from weightstore.lora.stored import adapters_in
 from weightstore.mapping import ArenaMapping
 
 if TYPE_CHECKING:
@@ -29,10 +31,11 @@ _log = logging.getLogger("engine_hooks")
 
 @dataclass(frozen=True)
 class Held:
-    """A version: its number, and each component's records (ignored names left out)."""
+    """A version: its number, each component's records (ignored names left out), and its adapters."""
 
     version: int
     records: Mapping[str, Records]
+    adapters: Adapters
 
 
 class Following:
@@ -45,11 +48,15 @@ class Following:
         layouts: Mapping[str, Layout],
         ignored: Callable[[str], bool],
     ) -> None:
+        """Raises AttachError if the version that the lease holds has adapters that fit nothing in it."""
         self._store = store
         self._lease = lease
         self._layouts = layouts
         self._ignored = ignored
-        self.held = Held(lease.version, {name: layout.records for name, layout in layouts.items()})
+        adapters, reasons = adapters_in(lease.records)
+        if reasons:
+            raise self._unfit(reasons)
+        self.held = Held(lease.version, {name: layout.records for name, layout in layouts.items()}, adapters)
 
     @property
     def model(self) -> str:
@@ -150,10 +157,15 @@ class Following:
             return self.held
         grouped = by_component(records, self._layouts, self._ignored)
         reasons = [line for name, layout in self._layouts.items() for line in misfits(layout, grouped[name])]
-        if reasons:
-            raise AttachError(
-                f"version {version} of {self.model!r} no longer fits this engine: {'; '.join(reasons[:10])}"
-                f"{' …' if len(reasons) > 10 else ''}. Move the tag to one that fits, or attach anew",
-                reasons=reasons,
-            )
-        return Held(version, grouped)
+        adapters, misfit = adapters_in(records)
+        if reasons or misfit:
+            raise self._unfit(reasons + misfit)
+        return Held(version, grouped, adapters)
+
+    def _unfit(self, reasons: list[str]) -> AttachError:
+        return AttachError(
+            f"version {self._lease.version} of {self.model!r} does not fit this engine: "
+            f"{'; '.join(reasons[:10])}{' …' if len(reasons) > 10 else ''}. Move the tag to one that fits, "
+            "or attach anew",
+            reasons=reasons,
+        )

@@ -34,7 +34,7 @@ from engine_hooks.component import Component
 from engine_hooks.components import Components, require_bound
 from engine_hooks.drain import Drain
 from engine_hooks.lifecycle import State, refusal
-from engine_hooks.plan import runs_of, total_bytes
+from engine_hooks.plan import total_bytes
 from engine_hooks.reports import RefitReport, SleepReport, VerifyReport, WakeReport
 from weightstore.errors import EngineBroken, UsageError
 from weightstore.types import DEFAULT_TAG
@@ -207,14 +207,14 @@ class EngineHook:
             todo = [component for component in chosen if not component.awake]
             already = _names(component for component in chosen if component.awake)
             if not todo:
-                return WakeReport((), already, self.version, (), 0, 0, 0, 0, time.perf_counter() - began)
+                return WakeReport((), already, self.version, (), 0, 0, 0, 0, 0, time.perf_counter() - began)
             require_bound(todo)
             with self._drain.held_back():
                 parked = self._following.parked
                 held = self._following.unpark() if parked else self._following.current()
                 try:
                     before = self.backend.memory_in_use()
-                    runs, restored = self._components.fill(todo, held, self._following.mapping)
+                    runs, merged, restored = self._components.fill(todo, held, self._following.mapping)
                 except BaseException:
                     if parked:
                         self._following.park()
@@ -229,6 +229,7 @@ class EngineHook:
                     version=held.version,
                     changed=tuple(name for component in todo for name in component.caught_up()),
                     copied_bytes=total_bytes(runs),
+                    merged=merged,
                     restored_bytes=restored,
                     mapped_bytes=mapped,
                     runs=len(runs),
@@ -264,20 +265,21 @@ class EngineHook:
             if asleep or not following.behind:
                 version = following.newest
                 return RefitReport(
-                    version, previous.version, asleep, (), 0, 0, 0.0, time.perf_counter() - began
+                    version, previous.version, asleep, (), 0, 0, 0, 0.0, time.perf_counter() - began
                 )
             awake = self._components.in_state(State.AWAKE)
             require_bound(awake)
             with self._drained(drain_timeout) as waited:
                 held, comparable = following.advance()
                 following.settle(held)
-                runs = self._components.update(previous, held, comparable, following.mapping)
+                runs, merged = self._components.update(previous, held, comparable, following.mapping)
                 report = RefitReport(
                     version=held.version,
                     previous=previous.version,
                     asleep=False,
                     changed=tuple(name for component in awake for name in component.caught_up()),
                     copied_bytes=total_bytes(runs),
+                    merged=merged,
                     runs=len(runs),
                     drain_seconds=waited,
                     seconds=time.perf_counter() - began,
@@ -290,6 +292,7 @@ class EngineHook:
     def verify(self) -> VerifyReport:
         """Compare every awake component's weights on the device with the leased version, bit by bit.
 
+        Weights that an adapter was added to are compared with the sum, computed anew from the arena.
         Whether the arena itself is sound is not looked at (`Store.verify` does that).
 
         Raises:
@@ -302,17 +305,19 @@ class EngineHook:
             held = self._following.current()
             awake = self._components.in_state(State.AWAKE)
             differing: list[str] = []
-            compared = 0
+            recomputed = 0
             for component in awake:
-                records = held.records[component.name]
-                runs = runs_of(component.layout, records)
-                compared += total_bytes(runs)
-                differing += component.differing(self.backend, runs, records, self._following.mapping)
+                wrong, sums = component.differing(
+                    self.backend, held.records[component.name], held.adapters, self._following.mapping
+                )
+                differing += wrong
+                recomputed += sums
             return VerifyReport(
                 version=held.version,
                 components=_names(awake),
                 skipped=_names(self._components.in_state(State.ASLEEP)),
-                compared_bytes=compared,
+                compared_bytes=sum(slot.nbytes for component in awake for slot in component.layout.slots),
+                recomputed=recomputed,
                 differing=tuple(differing),
                 moved=tuple(name for component in awake for name in component.binding.moved()),
                 seconds=time.perf_counter() - began,

@@ -1,7 +1,8 @@
 """What the hook's methods answer: what was done, and what was measured while doing it.
 
 Bytes named freed, residual or mapped are measured with `DeviceBackend.memory_in_use` before and after;
-bytes named copied are what was handed to the copy engine. Seconds are wall-clock seconds.
+bytes named copied are what was handed to the copy engine. `merged` counts weights that an adapter was added
+to on the device. Seconds are wall-clock seconds.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class AttachReport:
     weight_bytes: int
     state_bytes: int
     copied_bytes: int
+    merged: int
     runs: int
     restrided: tuple[str, ...]
     seconds: float
@@ -52,6 +54,7 @@ class WakeReport:
     version: int
     changed: tuple[str, ...]
     copied_bytes: int
+    merged: int
     restored_bytes: int
     mapped_bytes: int
     runs: int
@@ -68,6 +71,7 @@ class RefitReport:
     asleep: bool
     changed: tuple[str, ...]
     copied_bytes: int
+    merged: int
     runs: int
     drain_seconds: float
     seconds: float
@@ -75,13 +79,16 @@ class RefitReport:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """`differing`: weights whose bytes on the device are not the version's. `moved`: tensors that somebody
-    gave other memory since attach, so that the image no longer reaches them. `skipped`: components asleep."""
+    """`differing`: weights whose bytes on the device are not the version's. `recomputed`: how many of those
+    compared are sums of base and adapter, and were compared with the sum computed anew. `moved`: tensors that
+    somebody gave other memory since attach, so that the image no longer reaches them. `skipped`: components
+    asleep."""
 
     version: int
     components: tuple[str, ...]
     skipped: tuple[str, ...]
     compared_bytes: int
+    recomputed: int
     differing: tuple[str, ...]
     moved: tuple[str, ...]
     seconds: float
