@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from weightstore import errors
     from weightstore.client import Store, connect
+    from weightstore.ema import EmaReport, update_ema
     from weightstore.local import local_store
     from weightstore.names import NameMap, Plan
     from weightstore.reader import Lease
@@ -29,6 +30,8 @@ _HOME: Final = {
     "Refit": "weightstore.trainer",
     "RefitReport": "weightstore.report",
     "Lease": "weightstore.reader",
+    "EmaReport": "weightstore.ema",
+    "update_ema": "weightstore.ema",
     "NameMap": "weightstore.names",
     "Plan": "weightstore.names",
     "Snapshot": "weightstore.snapshot",
@@ -46,6 +49,8 @@ __all__ = [
     "Snapshot",
     "NameMap",
     "Plan",
+    "update_ema",
+    "EmaReport",
     "TensorRecord",
     "TensorSpec",
     "errors",
