@@ -437,6 +437,8 @@ def test_empty_tensors_have_a_place_too() -> None:
     assert row.place(full) == (full, full)
     scalar = Row(Kind.MATCHED, "a", "a", "float32", ())
     assert scalar.place(Box((), ())) == (Box((), ()), Box((), ()))
+    nothing = Row(Kind.SPLIT, "ab", "b", "float32", (2,), part=Box((2,), (2,)))
+    assert nothing.place(Box((0,), (2,))) == (Box((2,), (2,)), Box((0,), (0,)))
 
 
 # -- what is given ------------------------------------------------------------------------------------
