@@ -125,13 +125,23 @@ def _worst(tensor: torch.Tensor, stored: str, low: float, high: float) -> float 
             return None
         return high if high > most else low
     limit = OVERFLOWS_FROM[stored]
-    if -limit < low and high < limit:
+    if max(_rounded(-low, tensor, stored), _rounded(high, tensor, stored)) < limit:
         return None
     if math.isnan(low) or (math.isinf(max(-low, high)) and stored not in WITHOUT_INF):
         # Among numbers that stay what they are, the largest finite one decides.
         low, high = _finite_extremes(tensor, stored in WITHOUT_INF)
     far = high if high >= -low else low
-    return far if abs(far) >= limit else None
+    return far if _rounded(abs(far), tensor, stored) >= limit else None
+
+
+def _rounded(value: float, tensor: torch.Tensor, stored: str) -> float:
+    """`value`, an element of `tensor`, as it is when torch rounds it to `stored`: on the way from float64 to
+    less than float32 it was rounded to that before."""
+    import torch
+
+    if tensor.dtype != torch.float64 or stored == "float32":
+        return value
+    return torch.tensor(value, dtype=torch.float64).float().item()
 
 
 def _extremes(tensors: Sequence[torch.Tensor]) -> list[tuple[float, float]]:
