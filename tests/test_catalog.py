@@ -160,6 +160,31 @@ def test_coverage_fails_the_commit_with_all_names_and_the_writer_may_mend_it():
     assert commit(c, refit.number, ["t.w", "t.b", "vae.w"]).number == 2
 
 
+def test_writes_declared_ahead_are_checked_at_once_and_commit_nothing():
+    c = catalog()
+    publish(c)
+    refit = c.open_refit(opened(partial=True, components=["t"]), ALICE, 0.0)
+    c.reserve(refit.number, ALICE, [spec("t.b", 8)])
+    with pytest.raises(UsageError, match="nothing was"):
+        c.prepare_commit(refit.number, ALICE, None, 2.0)
+    with pytest.raises(CoverageError) as caught:
+        c.declare_writes(refit.number, ALICE, [])
+    assert caught.value.details == {"missing": ["t.b"]}
+    draft = c.declare_writes(refit.number, ALICE, [Write("t.b")])
+    assert c.models.get("m").tags == {"latest": 1} and c.usage().pending == ALIGN
+    c.reserve(refit.number, ALICE, [spec("t.w", 64)])  # the draft lacks this
+    with pytest.raises(UsageError, match="nothing was"):
+        c.prepare_commit(refit.number, ALICE, None, 2.0)
+    draft = c.declare_writes(refit.number, ALICE, [Write("t.b"), Write("t.w")])
+    refit_of(c, tag="other")  # takes number 2 in the meantime
+    assert c.prepare_commit(refit.number, ALICE, None, 7.0) is draft
+    c.apply_commit(refit.number, draft)
+    assert (draft.number, draft.created) == (3, 7.0) and c.models.get("m").tags["latest"] == 3
+    shared = c.open_refit(opened(**SHARED), ALICE, 0.0)
+    with pytest.raises(UsageError, match="single writer"):
+        c.declare_writes(shared.number, ALICE, [])
+
+
 def test_extending_and_fresh_refits():
     c = catalog()
     publish(c)

@@ -99,9 +99,18 @@ def write(store: Store, number: int, value: int) -> list[Write]:
     return [Write(n) for n in targets]
 
 
-def refit(store: Store, value: int, **kwargs: Any) -> None:
+def refit(store: Store, value: int, declare: bool = False, **kwargs: Any) -> None:
     number = begin(store, **kwargs)
-    store.commit(number, ALICE, write(store, number, value), 2.0)
+    writes = write(store, number, value)
+    if declare:
+        store.declare_writes(number, ALICE, writes)
+    store.commit(number, ALICE, None if declare else writes, 2.0)
+
+
+def declare_and_abort(store: Store) -> None:
+    number = begin(store)
+    store.declare_writes(number, ALICE, write(store, number, 8))
+    store.abort_refit(number, ALICE, "")
 
 
 def visible(store: Store) -> dict[str, Any]:
@@ -122,13 +131,15 @@ def visible(store: Store) -> dict[str, Any]:
 STEPS: dict[str, Callable[[Store], None]] = {
     "first version": lambda s: refit(s, 1),
     "component refit": lambda s: refit(s, 2, components=["t"]),
-    "new tag": lambda s: s.set_tag("m", "ref", 2),
+    "declared ahead": lambda s: refit(s, 2, declare=True, components=["t"]),
+    "declared and aborted": declare_and_abort,
+    "new tag": lambda s: s.set_tag("m", "ref", 3),
     "refit elsewhere": lambda s: refit(s, 3, tag="policy", components=["t"]),
     "refit frees the last": lambda s: refit(s, 4, tag="policy", components=["t"]),
     "open and abort": lambda s: s.abort_refit(begin(s), ALICE, ""),
     "open and vanish": lambda s: (begin(s), s.drop_peer(ALICE), None)[-1],
     "settle": lambda s: s.settle(ALICE.writer),
-    "tag moves back": lambda s: s.set_tag("m", "policy", 2),
+    "tag moves back": lambda s: s.set_tag("m", "policy", 3),
     "tag goes": lambda s: s.remove_tag("m", "policy"),
     "checksums": lambda s: (
         v := s.catalog.resolve("m", "ref", None),
@@ -277,6 +288,21 @@ def test_one_damaged_root_leaves_the_other(name: str):
     assert visible(survivor) == state
     survivor.arena.unlink()
     survivor.arena.close()
+
+
+def test_drafts_leave_no_records_behind(name: str):
+    store = open_store(name)
+    refit(store, 1)
+    used = store._persistence.blob_bytes
+    declare_and_abort(store)
+    number = begin(store)
+    for value in (2, 3):
+        store.declare_writes(number, ALICE, write(store, number, value))
+    store.drop_peer(ALICE)
+    store.settle(ALICE.writer)
+    assert store._persistence.blob_bytes == used
+    store.arena.unlink()
+    store.arena.close()
 
 
 def test_a_full_catalog_area_fails_the_commit_and_loses_nothing(name: str):

@@ -93,6 +93,7 @@ class Requests:
         self._table: dict[type, Handler] = {
             wire.OpenRefit: self._open_refit,
             wire.Reserve: self._reserve,
+            wire.DeclareWrites: self._declare_writes,
             wire.CommitRefit: self._commit_refit,
             wire.AbortRefit: self._abort_refit,
             wire.Drained: self._drained,
@@ -190,6 +191,10 @@ class Requests:
             refit.model, lambda: self._store.reserve(request.refit, peer, request.specs)
         )
         return wire.Reserved(id=request.id, records=records)
+
+    def _declare_writes(self, peer: Peer, request: wire.DeclareWrites) -> wire.Reply:
+        self._store.declare_writes(request.refit, peer, request.writes)
+        return wire.Done(id=request.id)
 
     async def _commit_refit(self, peer: Peer, request: wire.CommitRefit) -> wire.Reply:
         refit = self._catalog.refit_of(request.refit, peer)

@@ -47,6 +47,8 @@ class Store:
         self._persistence = Persistence(arena)
         self._records: dict[Version, Blob] = {}
         self._checksums: dict[Version, Blob] = {}
+        self._drafts: dict[int, tuple[Version, Blob]] = {}
+        """By refit: a version that may come, its records written but not referred to by any root."""
         self._debts: tuple[object, Blob | None] = (((), ()), None)
         root = self._persistence.load()
         self.catalog = Catalog(DATA_OFFSET, arena.committed, now + grace if root is not None else 0.0)
@@ -113,6 +115,9 @@ class Store:
         garbage: list[Blob | None] = []
         for version in freed:
             garbage += [self._records.pop(version), self._checksums.pop(version, None)]
+        open_refits = {refit.number for refit in self.catalog.open_refits()}
+        for number in self._drafts.keys() - open_refits:
+            garbage.append(self._drafts.pop(number)[1])
         garbage += self._save_debts()
         models = [
             SavedModel(m.name, m.next_number, m.tags, [self._saved(v) for v in m.versions.values()])
@@ -165,7 +170,20 @@ class Store:
         """As Catalog.reserve, including NoSpace."""
         return self._change(lambda: self.catalog.reserve(number, peer, specs))
 
-    def commit(self, number: int, peer: Peer, writes: list[Write], now: float) -> Version | None:
+    def declare_writes(self, number: int, peer: Peer, writes: list[Write]) -> None:
+        """As Catalog.declare_writes; the version's records are written down too. Raises ArenaFull."""
+        self._write_draft(number, self.catalog.declare_writes(number, peer, writes))
+
+    def _write_draft(self, number: int, version: Version) -> Blob:
+        """Where the records of the version that a refit would make are written down. Raises ArenaFull."""
+        drafted, blob = self._drafts.pop(number, (None, None))
+        if drafted is not version or blob is None:
+            self._persistence.free_blobs([blob])
+            blob = self._persistence.write_blob(bytes(version.encoded))
+        self._drafts[number] = (version, blob)
+        return blob
+
+    def commit(self, number: int, peer: Peer, writes: list[Write] | None, now: float) -> Version | None:
         """As Catalog.prepare_commit; the version it returns is committed and durable.
 
         Raises ArenaFull too, when the version's records do not fit; then the refit is still open.
@@ -173,17 +191,14 @@ class Store:
         version = self.catalog.prepare_commit(number, peer, writes, now)
         if version is None:
             return None
-        blob = self._persistence.write_blob(bytes(version.encoded))
+        blob = self._write_draft(number, version)
 
         def apply() -> None:
             self._records[version] = blob
+            del self._drafts[number]
             self.catalog.apply_commit(number, version)
 
-        try:
-            self._change(apply)
-        except ArenaFull:
-            self._persistence.free_blobs([blob])
-            raise
+        self._change(apply)
         return version
 
     def abort_refit(self, number: int, peer: Peer, reason: str) -> None:

@@ -21,7 +21,7 @@ from typing import Final, TypeVar
 
 from weightstore import wire
 from weightstore.connection import Connection
-from weightstore.cuda.uploads import drain_uploads
+from weightstore.cuda.uploads import drain_uploads, uploads_under_way
 from weightstore.errors import RefitAborted, RefitClosed, StoreGone, WeightstoreError
 from weightstore.mapping import ArenaMapping
 
@@ -135,34 +135,55 @@ class Transaction:
 
     def drain(self) -> None:
         """Wait until no copy into the arena is under way. DeviceError if one from a device failed."""
+        self._settle()
+        drain_uploads(self._mapping)
+
+    def _settle(self) -> None:
+        """Wait until nobody copies: what remains is what devices have been told to copy."""
         with self._idle:
             self._idle.wait_for(lambda: not self._copying)
-        drain_uploads(self._mapping)
 
     # -- ending ------------------------------------------------------------------------------------
 
     def commit(self, check: Callable[[], None], writes: Callable[[], list[wire.Write]]) -> int:
-        """The new version's number. `check` may still refuse; `writes` are asked for when all has landed."""
+        """The new version's number. `check` may still refuse; `writes` are asked for when nobody copies."""
         with self.planning, self._idle:
             self.require_open()
             check()
             self._move(State.COMMITTING)
         try:
-            self.drain()
+            self._settle()
+            written = writes()
+            declare = self.alone and uploads_under_way(self._mapping)
+            if declare:
+                # What the store has to do for the version, it does while the last copies land.
+                with self._asking(self._gone):
+                    request = wire.DeclareWrites(id=0, refit=self.number, writes=written)
+                    self._connection.request(request, wire.Done)
+            drain_uploads(self._mapping)
         except BaseException:
-            # Whether anything is still landing is unknown, so the store keeps the space until we hang up.
-            self._end(State.ABORTED, "its copies failed")
+            if self.state is State.COMMITTING:
+                # Whether anything is still landing is unknown, so the store keeps the space until we hang up.
+                self._end(State.ABORTED, "its copies failed")
             raise
-        request = wire.CommitRefit(id=0, refit=self.number, writes=writes())
+        with self._asking(self._unknown_outcome):
+            commit = wire.CommitRefit(id=0, refit=self.number, writes=None if declare else written)
+            committed = self._connection.request(commit, wire.Committed)
+        self._end(State.COMMITTED)
+        return committed.version
+
+    @contextmanager
+    def _asking(self, gone: Callable[[str], StoreGone]) -> Iterator[None]:
+        """Around a request while committing: what any answer but yes makes of the refit."""
         try:
-            committed = self._connection.request(request, wire.Committed)
+            yield
         except (RefitAborted, RefitClosed) as error:
             self._end(State.ABORTED, error.message)
             self._leave()
             raise
         except StoreGone as error:
             self._end(State.ABORTED, "the store went away during its commit")
-            raise self._unknown_outcome(error) from None
+            raise gone(error.message) from None
         except WeightstoreError as error:
             if self.alone:
                 with self._idle:
@@ -175,8 +196,6 @@ class Transaction:
             self._end(State.ABORTED, "its commit was interrupted")
             self._leave()
             raise
-        self._end(State.COMMITTED)
-        return committed.version
 
     def abort(self, reason: str) -> None:
         """Idempotent. Raises RefitClosed once committed."""
@@ -229,9 +248,9 @@ class Transaction:
             outcome="aborted",
         )
 
-    def _unknown_outcome(self, error: StoreGone) -> StoreGone:
+    def _unknown_outcome(self, why: str) -> StoreGone:
         return StoreGone(
-            f"{error.message}. Its commit was under way, so the {self.what} may or may not have become a "
+            f"{why}. Its commit was under way, so the {self.what} may or may not have become a "
             f"version: ask store.tags({self._model!r}) when the store is back; if {self._tag!r} names a "
             f"version above {self.base}, it has (unless somebody else wrote one)",
             socket=self._connection.peer,

@@ -98,9 +98,19 @@ class Write(msgspec.Struct, frozen=True, array_like=True, gc=False):
     kept: bool = False
 
 
-class CommitRefit(_Request, frozen=True, kw_only=True):
+class DeclareWrites(_Request, frozen=True, kw_only=True):
+    """What a lone writer will have written when its copies have landed: the store checks it and makes
+    the version ready meanwhile, so that the commit that follows is short. Commits nothing."""
+
     refit: int
     writes: list[Write]
+
+
+class CommitRefit(_Request, frozen=True, kw_only=True):
+    """All that `writes` names has landed; None: all that was declared."""
+
+    refit: int
+    writes: list[Write] | None = None
 
 
 class AbortRefit(_Request, frozen=True, kw_only=True):
@@ -196,6 +206,7 @@ Request = (
     Hello
     | OpenRefit
     | Reserve
+    | DeclareWrites
     | CommitRefit
     | AbortRefit
     | Drained

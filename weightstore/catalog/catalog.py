@@ -167,6 +167,7 @@ class Catalog:
         for spec in specs:
             check_spec(spec)
         refit.check_specs(specs)
+        refit.draft = None
         base = refit.base
         if refit.declared.in_place and base is not None:
             names = refit.with_ties(spec.name for spec in specs)
@@ -192,44 +193,71 @@ class Catalog:
             )
         refit.owned.extend(e for e in extents if e.nbytes)
 
-    def prepare_commit(self, number: int, peer: Peer, writes: list[Write], now: float) -> Version | None:
-        """Cast a rank's vote. With the last one, the version that `apply_commit` would make.
-
-        Returns None while other ranks are still writing. A coverage error of a lone writer leaves the
-        refit open, so that it can write what is missing; with several writers it aborts the refit.
+    def declare_writes(self, number: int, peer: Peer, writes: list[Write]) -> Version:
+        """Draft the version of a lone writer before its copies have landed.
 
         Raises:
-            RefitClosed, RefitAborted, CoverageError.
+            RefitClosed, RefitAborted, CoverageError; UsageError if other ranks take part.
+        """
+        refit = self.refit_of(number, peer)
+        if refit.declared.world_size > 1:
+            raise UsageError("writes can be declared ahead only by a refit's single writer")
+        self._check_coverage(refit, writes)
+        refit.draft = self._draft(refit)
+        return refit.draft
+
+    def prepare_commit(
+        self, number: int, peer: Peer, writes: list[Write] | None, now: float
+    ) -> Version | None:
+        """Cast a rank's vote. With the last one, the version that `apply_commit` would make.
+
+        Returns None while other ranks are still writing. `writes` None stands for what was declared. A
+        coverage error of a lone writer leaves the refit open, so that it can write what is missing; with
+        several writers it aborts the refit.
+
+        Raises:
+            RefitClosed, RefitAborted, CoverageError; UsageError if nothing was declared.
         """
         refit = self.refit_of(number, peer)
         rank = refit.rank_of(peer)
         if rank is None:
             raise RefitClosed(f"refit {number} is not yours to commit: join it first", refit=number)
-        refit.votes[rank] = writes
-        if not refit.complete():
-            return None
-        try:
-            written = refit.all_writes()
-            check_coverage(refit.targets, written, refit.describe(), refit.staying(written))
-            if not written:
-                raise UsageError(f"{refit.describe()} wrote no tensor; nothing was changed")
-        except UsageError as error:
-            if refit.declared.world_size > 1:
-                self._abort(refit, str(error))
-            refit.votes.clear()
-            raise
-        return self._new_version(refit, now)
+        version = refit.draft
+        if writes is None and version is None:
+            raise UsageError(f"{refit.describe()} was to commit what was declared, but nothing was")
+        if writes is not None:
+            refit.votes[rank] = writes
+            if not refit.complete():
+                return None
+            try:
+                self._check_coverage(refit, refit.all_writes())
+            except UsageError as error:
+                if refit.declared.world_size > 1:
+                    self._abort(refit, str(error))
+                refit.votes.clear()
+                raise
+            version = self._draft(refit)
+        assert version is not None
+        model = self.models.find(refit.model)
+        version.number = model.next_number if model is not None else 1
+        version.created = now
+        return version
 
-    def _new_version(self, refit: Refit, now: float) -> Version:
+    def _check_coverage(self, refit: Refit, writes: list[Write]) -> None:
+        check_coverage(refit.targets, writes, refit.describe(), refit.staying(writes))
+        if not writes:
+            raise UsageError(f"{refit.describe()} wrote no tensor; nothing was changed")
+
+    def _draft(self, refit: Refit) -> Version:
+        """The version the refit would make, as yet without number and time."""
         base = refit.base
         records = dict(base.records) if base is not None else {}
         records.update(refit.targets)
-        model = self.models.find(refit.model)
         return Version(
             model=refit.model,
-            number=model.next_number if model is not None else 1,
+            number=0,
             parent=base.number if base is not None else 0,
-            created=now,
+            created=0.0,
             records=records,
             encoded=encode_records(records.values()),
             checksums=dict(base.checksums) if base is not None else {},

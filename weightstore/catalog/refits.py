@@ -51,6 +51,7 @@ class Refit:
         owned: extents reserved for it, distinct and non-empty.
         joined: the peer of each rank that has come; `votes` what each committed rank wrote.
         torn_before: what was torn in the base when an in-place refit opened.
+        draft: the version it would become, if a lone writer has declared what it will have written.
         written: whether a writer has been told its places, so that bytes there may have changed.
     """
 
@@ -65,6 +66,7 @@ class Refit:
     joined: dict[int, Peer] = field(default_factory=dict)
     votes: dict[int, list[Write]] = field(default_factory=dict)
     torn_before: frozenset[str] = frozenset()
+    draft: Version | None = None
     written: bool = False
     state: RefitState = RefitState.OPEN
     version: int = 0

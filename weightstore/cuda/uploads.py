@@ -39,6 +39,7 @@ class Uploads:
         self._mapping = mapping
         self._lock = threading.Lock()
         self._uploaders: dict[torch.device, Uploader | None] = {}
+        self._under_way = False
 
     def put_all(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Enqueue the copies of (place in the mapping, CUDA source) pairs, equal in shape.
@@ -56,6 +57,7 @@ class Uploads:
                 if uploader is None:
                     place.copy_(source)
                     continue
+                self._under_way = True
                 uploader.put(source, place)
                 if uploader not in used:
                     used.append(uploader)
@@ -86,6 +88,11 @@ class Uploads:
                     found[number] = equal
         return found
 
+    @property
+    def under_way(self) -> bool:
+        """Whether copies were handed over since the last drain."""
+        return self._under_way
+
     def drain(self) -> None:
         """Wait until every copy handed over so far has landed.
 
@@ -93,6 +100,7 @@ class Uploads:
             DeviceError: one failed; what its place holds is undefined.
         """
         with self._lock:
+            self._under_way = False
             for uploader in self._uploaders.values():
                 if uploader is not None:
                     uploader.drain()
@@ -139,3 +147,10 @@ def drain_uploads(mapping: ArenaMapping) -> None:
         found = _all.get(mapping)
     if found is not None:
         found.drain()
+
+
+def uploads_under_way(mapping: ArenaMapping) -> bool:
+    """Whether CUDA tensors were put into `mapping` since they were last waited for."""
+    with _guard:
+        found = _all.get(mapping)
+    return found is not None and found.under_way
