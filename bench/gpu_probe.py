@@ -333,7 +333,7 @@ def _upload(results: Results, data: Any, limit: float) -> None:
 
         def put_all(sources: list[torch.Tensor]) -> None:
             for source, view in zip(sources, views, strict=True):
-                uploader.put(source, view)
+                uploader.put([(view, source)])
             uploader.drain()
 
         times = [clock(put_all, sources) for _ in range(4)]

@@ -21,6 +21,10 @@ from weightstore.tensors import DTYPES, place_of, same_bits
 from weightstore.types import Box, TensorRecord, is_dense
 
 
+AT_ONCE = 128
+"""CUDA tensors handed over together: their copies are one request to the driver."""
+
+
 def ties_that_differ(
     sources: Sequence[Source], ledger: Ledger, mapping: ArenaMapping, drain: Callable[[], None]
 ) -> dict[str, str]:
@@ -90,6 +94,9 @@ def copy_all(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], mapping: ArenaM
         for place, source in pairs:
             if source.device.type == "cuda":
                 on_device.append((place, source))
+                if len(on_device) == AT_ONCE:  # under way while the next places are looked up
+                    uploads_into(mapping).put_all(on_device)
+                    on_device = []
             elif place.dtype == source.dtype and same_layout(place, source):
                 nbytes = source.numel() * source.element_size()
                 alike.append(Span(len(alike), place.data_ptr(), source.data_ptr(), nbytes))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -144,11 +145,9 @@ class Writing:
                     entered.append((part.name, part.box))
                 for part in call.parts:
                     ledger.add_name(part.name)
-            pairs = [(place_of(self._mapping, places[source.name]), source.tensor) for source in first]
-            for part in parts:
-                place = place_of(self._mapping, places[part.name])
-                pairs.append((place[slices(part.box)], part.tensor))
-            copy_all(pairs, self._mapping)
+            whole = ((place_of(self._mapping, places[source.name]), source.tensor) for source in first)
+            cut = ((place_of(self._mapping, places[p.name])[slices(p.box)], p.tensor) for p in parts)
+            copy_all(chain(whole, cut), self._mapping)
 
     def _look_at_values(self, call: Call) -> list[str]:
         """Refuse values that do not fit their stored dtype; the names whose values are the base's, if those

@@ -33,7 +33,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def test_a_contiguous_tensor_lands_across_windows(segment: Segment, uploader: Uploader) -> None:
     source = torch.randn(3 * WINDOW // 4, device="cuda")
     target = place(segment, source.shape, source.dtype, at=WINDOW - 4 * MIB)
-    uploader.put(source, target)
+    uploader.put([(target, source)])
     uploader.drain()
     assert torch.equal(target, source.cpu())
     assert uploader.nbytes == 3 * WINDOW
@@ -48,7 +48,7 @@ def test_put_waits_for_the_producers_stream(segment: Segment, uploader: Uploader
             source = torch.zeros(MIB, device="cuda")
             torch.cuda._sleep(200_000_000)
             source.fill_(7)
-            uploader.put(source, target)
+            uploader.put([(target, source)])
         uploader.drain()
         assert bool((target == 7).all())
         target.zero_()
@@ -61,7 +61,7 @@ def test_other_dtypes_are_cast_on_the_gpu(
     monkeypatch.setattr(upload, "SCRATCH", 1 << 16)  # several pieces
     source = torch.randn(300, 1000, device="cuda", dtype=torch.float32)
     target = place(segment, (300, 1000), dtype)
-    uploader.put(source, target)
+    uploader.put([(target, source)])
     uploader.drain()
     assert same_bits(target, source.to(dtype).cpu())
 
@@ -88,7 +88,7 @@ def test_any_layout_is_gathered_into_the_targets(
         flat = place(segment, (source.numel(),), source.dtype, at=WINDOW - 1024)
         target = flat.as_strided(source.shape, stride)
         flat.zero_()
-        uploader.put(source, target)
+        uploader.put([(target, source)])
         uploader.drain()
         assert torch.equal(target, source.cpu()), name
 
@@ -106,7 +106,7 @@ def test_a_box_of_a_larger_tensor_leaves_the_rest_alone(segment: Segment, upload
         wanted = whole.clone()
         source = torch.randn(whole[box].shape, device="cuda", dtype=torch.float64 if cast else torch.float32)
         wanted[box] = source.float().cpu()
-        uploader.put(source, whole[box])
+        uploader.put([(whole[box], source)])
         uploader.drain()
         assert torch.equal(whole, wanted)
 
@@ -121,7 +121,7 @@ def test_sources_are_let_go_while_uploading(
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     for i in range(100):
-        uploader.put(torch.full((MIB,), float(i), device="cuda"), target)  # nobody else keeps the source
+        uploader.put([(target, torch.full((MIB,), float(i), device="cuda"))])  # nobody else keeps the source
     uploader.drain()
     assert bool((target == 99).all())
     assert torch.cuda.max_memory_allocated() - before <= 32 * MIB
@@ -134,7 +134,7 @@ def test_gathering_takes_bounded_scratch(segment: Segment, uploader: Uploader) -
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    uploader.put(source, target)
+    uploader.put([(target, source)])
     uploader.drain()
     assert torch.equal(target, source.cpu())
     assert torch.cuda.max_memory_allocated() - before <= 2 * upload.SCRATCH
@@ -144,9 +144,9 @@ def test_uploads_refuse_what_is_not_theirs(segment: Segment, uploader: Uploader)
     with pytest.raises(DeviceError, match="writable"):
         Uploader(segment.reader, torch.device("cuda", 0))
     with pytest.raises(DeviceError, match="does not lie in the arena"):
-        uploader.put(torch.zeros(4, device="cuda"), torch.zeros(4))
+        uploader.put([(torch.zeros(4), torch.zeros(4, device="cuda"))])
     with pytest.raises(DeviceError, match="cannot upload"):
-        uploader.put(torch.zeros(4), place(segment, (4,), torch.float32))
+        uploader.put([(place(segment, (4,), torch.float32), torch.zeros(4))])
     uploader.close()
     with pytest.raises(DeviceError, match="closed"):
-        uploader.put(torch.zeros(4, device="cuda"), place(segment, (4,), torch.float32))
+        uploader.put([(place(segment, (4,), torch.float32), torch.zeros(4, device="cuda"))])

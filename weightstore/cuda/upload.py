@@ -8,7 +8,7 @@ Streams and lifetimes:
 - the gather stream and the copy stream both wait for what the caller's current stream held when `put` was
   called, so whatever produced the tensor there has finished when it is read;
 - a source is kept alive until the event after its last copy has passed; sources whose copies are done are let
-  go at every `put`, and `put` waits once `PENDING` bytes are on their way, so that temporaries (an
+  go with every group, and `put` waits once `PENDING` bytes are on their way, so that temporaries (an
   all-gathered tensor) do not pile up. A caller that overwrites a source in place must `fence` first;
 - a scratch slot is gathered into only after the copy that read it last, and copied only after its gather.
 
@@ -21,13 +21,13 @@ Nothing lands after `drain` (or `close`) returned: a commit calls it first.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
 
 from weightstore.cuda import driver
-from weightstore.cuda.copies import Copier
+from weightstore.cuda.copies import Copier, Job
 from weightstore.cuda.pinning import Mapping, PinnedArena
 from weightstore.errors import DeviceError
 from weightstore.tensors import bits_of, tiles
@@ -83,6 +83,13 @@ def _has_rows(dims: Sequence[Strides]) -> bool:
     return row.target == row.source == 1 and all(outer.source >= row.size for outer in dims[:-1])
 
 
+def _same_bytes(source: torch.Tensor, place: torch.Tensor) -> bool:
+    """Whether the copy is one of bytes: equal dtype, and the same elements in the same order, gapless."""
+    if source.dtype != place.dtype or source.is_conj() or source.is_neg():
+        return False
+    return source.is_contiguous() and place.is_contiguous()
+
+
 class Uploader:
     """Copies from one CUDA device into one writable mapping. Used by one thread at a time.
 
@@ -118,32 +125,42 @@ class Uploader:
         """Why copies went through a bounce buffer, or None."""
         return self._copier.staged_reason
 
-    def put(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Enqueue `target.copy_(source)`: source on this device, target a view of the mapping, equal shapes.
+    def put(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Enqueue `place.copy_(source)` for each (place, source): a view of the mapping and a tensor on this
+        device, of equal shapes.
 
-        The source is read after the work now on the caller's current stream, and kept alive until then. It
-        must not be overwritten before `fence` or `drain`.
+        The sources are read after the work now on the caller's current stream, and kept alive until then.
+        They must not be overwritten before `fence` or `drain`.
 
         Raises:
-            DeviceError: the target is not in the mapping, or the driver refused.
+            DeviceError: a place is not in the mapping, or the driver refused.
         """
         if self._closed:
             raise DeviceError("the uploader is closed")
-        if source.shape != target.shape or source.device != self.device:
-            raise DeviceError(
-                f"cannot upload {tuple(source.shape)} on {source.device} to {tuple(target.shape)}: this "
-                f"uploader serves {self.device}"
-            )
-        if target.numel() == 0:
-            return
-        source = source.detach()
-        nbytes = target.numel() * target.element_size()
         self._retire()
         self._produced.record(torch.cuda.current_stream(self.device))
-        if not self._direct(source, target):
-            self._gathered(source, target)
-        self._keep(source, nbytes)
-        self.nbytes += nbytes
+        self._copy.wait_event(self._produced)
+        whole: list[Job] = []
+        for place, source in pairs:
+            if source.shape != place.shape or source.device != self.device:
+                raise DeviceError(
+                    f"cannot upload {tuple(source.shape)} on {source.device} to {tuple(place.shape)}: this "
+                    f"uploader serves {self.device}"
+                )
+            nbytes = place.numel() * place.element_size()
+            if not nbytes:
+                continue
+            source = source.detach()
+            if _same_bytes(source, place):
+                whole.append((source.data_ptr(), self._offset(place), nbytes))
+            elif not self._direct(source, place):
+                self._gathered(source, place)
+            self._group.append(source)
+            self._group_bytes += nbytes
+            self.nbytes += nbytes
+            if self._group_bytes >= GROUP:
+                self._submit(whole)
+        self._submit(whole)
 
     def unchanged(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[bool]:
         """For each (place in the mapping, source on this device), equal in shape: does the place hold the
@@ -204,7 +221,6 @@ class Uploader:
         dims = merge(source.shape, target.stride(), source.stride())
         if not _has_rows(dims):
             return False
-        self._copy.wait_event(self._produced)
         self._rows(dims, source.data_ptr(), self._offset(target), source.element_size())
         return True
 
@@ -287,15 +303,18 @@ class Uploader:
 
     # -- lifetimes -----------------------------------------------------------------------------------
 
-    def _keep(self, source: torch.Tensor, nbytes: int) -> None:
-        self._group.append(source)
-        self._group_bytes += nbytes
+    def _submit(self, whole: list[Job]) -> None:
+        """Enqueue the copies collected in `whole`, in one request, and remember the group's sources."""
+        if whole:
+            self._copier.to_arena(whole, self._copy.cuda_stream)
+            whole.clear()
         if self._group_bytes >= GROUP:
             event = _cuda.Event()
             event.record(self._copy)  # the copy stream has waited for every gather of the group
             self._pending.append((event, self._group, self._group_bytes))
             self._pending_bytes += self._group_bytes
             self._group, self._group_bytes = [], 0
+            self._retire()
 
     def _retire(self) -> None:
         """Let go of sources whose copies are done; wait for the oldest if too many bytes are on their way."""

@@ -50,18 +50,18 @@ class Uploads:
         Raises:
             DeviceError: the device refused a copy.
         """
-        used: list[Uploader] = []
+        by_device: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for place, source in pairs:
+            by_device.setdefault(source.device, []).append((place, source))
         with self._lock:
-            for place, source in pairs:
-                uploader = self._uploader(source.device)
+            for device, mine in by_device.items():
+                uploader = self._uploader(device)
                 if uploader is None:
-                    place.copy_(source)
+                    for place, source in mine:
+                        place.copy_(source)
                     continue
                 self._under_way = True
-                uploader.put(source, place)
-                if uploader not in used:
-                    used.append(uploader)
-            for uploader in used:
+                uploader.put(mine)
                 uploader.fence()
 
     def unchanged(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[bool]:
