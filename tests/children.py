@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from processes import PATIENCE, ROOT
+from processes import PATIENCE, ROOT, eventually
 
 from weightstore.errors import WeightstoreError
 
@@ -71,6 +71,20 @@ class Child:
         kind, name, fact = self._read()
         assert kind == "failed", (kind, name, fact)
         return str(name)
+
+    def stop(self) -> None:
+        """SIGSTOP, and wait until none of its threads runs any more."""
+        os.kill(self.pid, signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.pid}/task")
+        eventually(
+            lambda: all(
+                (task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks.iterdir()
+            ),
+            "every thread has stopped",
+        )
+
+    def resume(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
 
     def kill(self) -> None:
         """SIGKILL, and wait until the process is gone."""

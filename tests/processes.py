@@ -24,7 +24,7 @@ from weightstore import wire
 from weightstore.client import Store, connect
 from weightstore.paths import arena_name
 from weightstore.trainer import Refit
-from weightstore.types import TensorSpec
+from weightstore.types import TensorSpec, align_up, contiguous_stride
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 60.0
@@ -258,19 +258,27 @@ class Raw:
 # -- weights without torch ------------------------------------------------------------------------
 
 
-def specs(sizes: Mapping[str, int]) -> list[TensorSpec]:
-    """A byte tensor of each size."""
-    return [TensorSpec(name, "uint8", (nbytes,), (1,)) for name, nbytes in sizes.items()]
+Sizes = Mapping[str, "int | tuple[int, ...]"]
+"""Tensors by name: a number of bytes, or the shape of a float32 tensor."""
 
 
-def fill(refit: Refit, sizes: Mapping[str, int], value: int) -> None:
-    """Write byte tensors of these sizes, every byte `value`."""
+def specs(sizes: Sizes) -> list[TensorSpec]:
+    return [
+        TensorSpec(name, "uint8", (size,), (1,))
+        if isinstance(size, int)
+        else TensorSpec(name, "float32", size, contiguous_stride(size))
+        for name, size in sizes.items()
+    ]
+
+
+def fill(refit: Refit, sizes: Sizes, value: int) -> None:
+    """Write tensors of these sizes, every byte `value`."""
     for record in refit.reserve(specs(sizes)):
         refit.mapping.view(record.offset, record.nbytes)[:] = bytes([value]) * record.nbytes
     refit.wrote(sizes)
 
 
-def publish(store: Store, model: str, sizes: Mapping[str, int], value: int, **how: Any) -> int:
+def publish(store: Store, model: str, sizes: Sizes, value: int, **how: Any) -> int:
     """Commit a version all of whose written bytes are `value`; returns its number."""
     with store.refit(model, **how) as refit:
         fill(refit, sizes, value)
@@ -294,6 +302,21 @@ def everything(store: Store) -> dict[tuple[str, str], tuple[int, dict[str, bytes
             if tag not in model.torn:
                 found[model.name, tag] = (number, contents(store, model.name, tag))
     return found
+
+
+def require_balanced(store: Store) -> None:
+    """Every byte of the arena is either free or some readable version's, each once."""
+    status = store.status()
+    extents = set()
+    for model in status.models:
+        assert not model.torn
+        for version in model.versions:
+            with store.lease(model.name, version=version.number) as snapshot:
+                extents |= {record.extent for record in snapshot.records.values() if record.nbytes}
+    arena = status.arena
+    assert (arena.pending, arena.quarantined) == (0, 0)
+    assert arena.reachable == sum(align_up(extent.nbytes) for extent in extents)
+    assert arena.free + arena.reachable == arena.committed
 
 
 def values(found: Mapping[str, bytes]) -> dict[str, set[int]]:
