@@ -52,7 +52,7 @@ ITEMSIZE: Final[dict[str, int]] = {
 """Stored dtypes, by torch's names, and their bytes per element."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
-_TENSOR_NAME = re.compile(r"[!-~]+")
+_TENSOR_NAME = re.compile(r"[!-\-/-~]+(?:\.[!-\-/-~]+)*")
 
 
 class Extent(msgspec.Struct, frozen=True, array_like=True, order=True, gc=False):
@@ -173,7 +173,8 @@ def check_spec(spec: TensorSpec) -> TensorSpec:
     name = spec.name
     if not _TENSOR_NAME.fullmatch(name) or len(name) > MAX_NAME:
         raise InvalidName(
-            f"tensor name {name[:80]!r} is not allowed: 1 to {MAX_NAME} printable ASCII characters, no spaces"
+            f"tensor name {name[:80]!r} is not allowed: 1 to {MAX_NAME} printable ASCII characters, no "
+            "spaces, and no empty segment between dots"
         )
     if spec.dtype not in ITEMSIZE:
         raise InvalidTensor(
