@@ -202,7 +202,8 @@ class Ledger:
 
     def movable(self, name: str) -> bool:
         """Whether `name` may stay where the base has it."""
-        return name in self._base and name not in self.places and self.item(name) is None
+        item = self.item(name)
+        return name in self._base and name not in self.places and (item is None or item.kept)
 
     def keep(self, name: str) -> bool:
         """`name` was given with the base's bytes and stays there. False if a tied name was before."""

@@ -245,7 +245,7 @@ class Writing:
             self._find_places([spec])
             self._life.begin_view()
             item = ledger.item(name)
-            if item is None or name not in item.names:
+            if item is None or item.kept or name not in item.names:
                 ledger.enter(name)
         return tensor_of(self._mapping, ledger.places[name])
 
