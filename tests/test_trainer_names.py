@@ -124,7 +124,8 @@ def assembled(state: State, rules: tuple[Rule, ...], prefix: str) -> State:
                 whole = torch.cat([group[source] for source in rule.sources], rule.dim)
             except (KeyError, RuntimeError, IndexError):
                 raise Impossible(place) from None
-            if len({tensor.dtype for tensor in group.values()}) > 1:
+            # torch.cat lets an empty vector meet anything.
+            if len({(tensor.dtype, tensor.dim()) for tensor in group.values()}) > 1:
                 raise Impossible(place)
             done.append((filled(rule.into, place), whole))  # type: ignore[arg-type]
         live = left
