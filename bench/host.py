@@ -33,6 +33,12 @@ SECTIONS: Final[dict[str, str]] = {
     "--only", metavar="A,B", help=f"Some of the sections: {', '.join(SECTIONS)}.  [default: all of them]"
 )
 @click.option("--rounds", metavar="N", type=click.IntRange(min=2), help="Samples of put, wake and load.")
+@click.option(
+    "--patience",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0),
+    help="How long a sample waits for other programs to leave the cores alone.  [default: 20]",
+)
 @click.option("--engines", metavar="N", type=click.IntRange(min=1), help="Engines that follow one tag.")
 @click.option(
     "--out",
@@ -41,14 +47,20 @@ SECTIONS: Final[dict[str, str]] = {
     help="Where to write JSON.  [default: bench/results/host-<CPU>.json; with --quick or --only none]",
 )
 def host_command(
-    quick: bool, only: str | None, rounds: int | None, engines: int | None, out: Path | None
+    quick: bool,
+    only: str | None,
+    rounds: int | None,
+    patience: float | None,
+    engines: int | None,
+    out: Path | None,
 ) -> None:
     """Measure put, wake, load and control on this machine, as ratios to plain copies in the same run.
 
-    Needs about 10 GiB of free memory and two minutes; --quick needs little of either.
+    Needs about 10 GiB of free memory and three minutes on a machine with nothing else to do; --quick needs
+    little of either.
     """
     settings = QUICK if quick else Settings()
-    chosen = {"rounds": rounds, "engines": engines}
+    chosen = {"rounds": rounds, "patience": patience, "engines": engines}
     settings = dataclasses.replace(settings, **{k: v for k, v in chosen.items() if v is not None})
     sections = _sections(only)
     if out is None and not quick and only is None:

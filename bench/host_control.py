@@ -11,7 +11,7 @@ from bench import manifests
 from bench.rows import Goal, Row, clock, percentile
 from bench.settings import MIB, Settings
 from bench.shapes import shrink
-from bench.waiting import settle
+from bench.waiting import Quiet, settle
 from engine_hooks.plan import by_component, lay_out, matcher, misfits, runs_of
 from weightstore.client import Store
 from weightstore.types import TensorSpec, component_of, contiguous_stride
@@ -47,6 +47,8 @@ def trip(settings: Settings) -> Iterator[Row]:
             "status": (f"round trip: status of a store with {WAN}", store.status),
         }
         for key, (what, ask) in requests.items():
+            quiet = Quiet.of(settings)
+            quiet()
             samples = [clock(ask) for _ in range(settings.trips + 50)][50:]
             for percent in (50, 99):
                 yield Row(
@@ -54,6 +56,7 @@ def trip(settings: Settings) -> Iterator[Row]:
                     f"{what}, p{percent} of {len(samples)}",
                     {"measured": samples if percent == 50 else []},
                     value=percentile(samples, percent),
+                    notes=quiet.notes(),
                 )
 
 
@@ -77,13 +80,18 @@ def lease(settings: Settings) -> Iterator[Row]:
             return ended - began
 
         tensors: set[int] = set()
-        samples = [attach() for _ in range(settings.leases + 2)][2:]
+        quiet = Quiet.of(settings)
+        samples = []
+        for _ in range(settings.leases + 2):
+            quiet()
+            samples.append(attach())
         (count,) = tensors
         yield Row(
             "lease + plan",
             f"attach: lease of {WAN} ({count:,} tensors), layout and runs of {len(components)} components",
-            {"measured": samples, "plan": planning[2:]},
+            {"measured": samples[2:], "plan": planning[2:]},
             goal=LEASE_GOAL,
+            notes=quiet.notes(),
         )
 
         specs = shrink(manifests.load(WAN))
@@ -92,6 +100,7 @@ def lease(settings: Settings) -> Iterator[Row]:
             name: lay_out(records.values())
             for name, records in by_component(held.records, components, nothing).items()
         }
+        quiet = Quiet.of(settings)
         samples = []
         for _ in range(settings.leases):
             held.park()
@@ -99,6 +108,7 @@ def lease(settings: Settings) -> Iterator[Row]:
             settle(store)
             while held.version < store.tags(WAN)["latest"]:
                 time.sleep(0.001)
+            quiet()
             began = time.perf_counter()
             held.unpark()
             grouped = by_component(held.records, components, nothing)
@@ -112,6 +122,7 @@ def lease(settings: Settings) -> Iterator[Row]:
             "the same at a wake on a version that came while asleep: unpark, compare, runs",
             {"measured": samples},
             goal=LEASE_GOAL,
+            notes=quiet.notes(),
         )
 
 
@@ -121,8 +132,10 @@ def commit(settings: Settings) -> Iterator[Row]:
     with weightstore.local_store(64 * MIB, window=8 * MIB) as store:
         write(store, "many", specs)
         begins, commits, reserves = [], [], []
+        quiet = Quiet.of(settings)
         for _ in range(settings.commits + 2):
             settle(store)
+            quiet()
             began = time.perf_counter()
             refit = store.refit("many")
             begins.append(time.perf_counter() - began)
@@ -137,7 +150,11 @@ def commit(settings: Settings) -> Iterator[Row]:
             refit.abort()
         count = f"{len(specs):,} tensors"
         yield Row(
-            "commit", f"commit of {count}, the request alone", {"measured": commits[2:]}, goal=COMMIT_GOAL
+            "commit",
+            f"commit of {count}, the request alone",
+            {"measured": commits[2:]},
+            goal=COMMIT_GOAL,
+            notes=quiet.notes(),
         )
         yield Row(
             "begin",

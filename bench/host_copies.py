@@ -19,7 +19,7 @@ from bench.memory import COPIES, Buffer, copy
 from bench.rows import Goal, Row, Way, alternate, clock, fastest
 from bench.settings import Settings
 from bench.shapes import modules_of, total_bytes
-from bench.waiting import settle
+from bench.waiting import Quiet, settle
 from engine_hooks import EngineHook
 from weightstore.client import Store, connect
 from weightstore.sizes import format_size
@@ -84,7 +84,9 @@ def put(settings: Settings) -> Iterator[Row]:
         # The first puts go to places that this process has not touched yet.
         for _ in range(3):
             on.put(on.store)
-        samples = alternate({**{way: copied(way) for way in COPIES}, "measured": measured}, settings.rounds)
+        quiet = Quiet.of(settings)
+        ways: dict[str, Way] = {way: copied(way) for way in COPIES}
+        samples = alternate({**ways, "measured": measured}, settings.rounds, before=quiet)
         best = fastest(samples, list(COPIES))
         yield Row(
             "put",
@@ -94,6 +96,7 @@ def put(settings: Settings) -> Iterator[Row]:
             COPIES,
             on.nbytes,
             GOAL,
+            notes=quiet.notes(),
         )
         yield Row(
             "refit",
@@ -115,6 +118,7 @@ def put(settings: Settings) -> Iterator[Row]:
                 "measured": first,
             },
             max(2, settings.rounds // 2),
+            before=(quiet := Quiet.of(settings)),
         )
         yield Row(
             "first put",
@@ -123,6 +127,7 @@ def put(settings: Settings) -> Iterator[Row]:
             fastest(samples, list(COPIES)),
             COPIES,
             on.nbytes,
+            notes=quiet.notes(),
         )
 
 
@@ -166,7 +171,8 @@ def wake(settings: Settings) -> Iterator[Row]:
             )
             for name in references
         }
-        samples = alternate({**ways, "measured": measured}, settings.rounds)
+        quiet = Quiet.of(settings)
+        samples = alternate({**ways, "measured": measured}, settings.rounds, before=quiet)
         names = list(references)
         dropped = fastest(samples, [name for name in names if name.endswith("dropped")])
         warm = fastest(samples, [name for name in names if name.endswith("warm")])
@@ -178,6 +184,7 @@ def wake(settings: Settings) -> Iterator[Row]:
             references,
             source.numel(),
             GOAL,
+            notes=quiet.notes(),
         )
         yield Row("wake/warm", f"the same, against {references[warm]}", samples, warm, references, on.nbytes)
         yield Row("sleep", "sleep (host backend): every page given back", {"measured": sleeps[1:]})

@@ -18,13 +18,14 @@ from bench.report import ROOT
 from bench.rows import Row, percentile
 from bench.settings import Settings
 from bench.shapes import shrink
-from bench.waiting import settle
+from bench.waiting import Quiet, settle
 
 
 def follow(settings: Settings) -> Iterator[Row]:
     """From just before the commit until the last engine has decoded the records and taken the version."""
     specs = shrink(manifests.load(WAN))
     last, middle, commits = [], [], []
+    quiet = Quiet.of(settings)
     with wan_store() as store:
         engines = subprocess.Popen(
             [sys.executable, "-m", "bench.followers", store.socket, WAN, str(settings.engines)],
@@ -40,6 +41,7 @@ def follow(settings: Settings) -> Iterator[Row]:
                 settle(store)
                 refit = store.refit(WAN)
                 refit.wrote(spec.name for spec in specs if spec.alias_of is None)
+                quiet()
                 began = time.monotonic()
                 version = refit.commit()
                 commits.append(time.monotonic() - began)
@@ -60,4 +62,5 @@ def follow(settings: Settings) -> Iterator[Row]:
         "follow",
         f"{settings.engines} processes follow a tag of {WAN}: commit until the last has the records",
         {"measured": last[1:], "median engine": middle[1:], "commit answered": commits[1:]},
+        notes=quiet.notes(),
     )

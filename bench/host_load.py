@@ -15,7 +15,7 @@ from bench.host_copies import GOAL, Bed, bed
 from bench.memory import Buffer
 from bench.rows import Row, Way, alternate, clock, fastest
 from bench.settings import MIB, Settings
-from bench.waiting import settle
+from bench.waiting import Quiet, settle
 from weightstore.checkpoint.load import load_checkpoint
 from weightstore.client import connect
 
@@ -57,7 +57,8 @@ def load(settings: Settings) -> Iterator[Row]:
         for _ in range(3):
             loaded()
         ways = {name: plain(count, fresh=False) for name, count in zip(references, threads, strict=True)}
-        samples = alternate({**ways, "measured": loaded}, settings.rounds)
+        quiet = Quiet.of(settings)
+        samples = alternate({**ways, "measured": loaded}, settings.rounds, before=quiet)
         best = fastest(samples, list(references))
         yield Row(
             "load",
@@ -67,7 +68,7 @@ def load(settings: Settings) -> Iterator[Row]:
             references,
             nbytes,
             GOAL,
-            notes={"read_seconds": reading[-settings.rounds :]},
+            notes={"read_seconds": reading[-settings.rounds :], **quiet.notes()},
         )
 
         def first() -> float:
@@ -77,7 +78,8 @@ def load(settings: Settings) -> Iterator[Row]:
                 return report.seconds
 
         ways = {name: plain(count, fresh=True) for name, count in zip(references, threads, strict=True)}
-        samples = alternate({**ways, "measured": first}, max(2, settings.rounds // 2))
+        quiet = Quiet.of(settings)
+        samples = alternate({**ways, "measured": first}, max(2, settings.rounds // 2), before=quiet)
         best = fastest(samples, list(references))
         yield Row(
             "first load",
@@ -87,6 +89,7 @@ def load(settings: Settings) -> Iterator[Row]:
             best,
             references,
             nbytes,
+            notes=quiet.notes(),
         )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from bench.report import ROOT
 from bench.rows import Goal, Row, clock
 from bench.settings import Settings
+from bench.waiting import Quiet
 from weightstore.client import connect
 from weightstore.errors import StoreGone
 
@@ -27,7 +28,9 @@ def start(settings: Settings) -> Iterator[Row]:
     samples, interpreter = [], []
     loaded: set[str] = set()
     resident = 0
+    quiet = Quiet.of(settings)
     for _ in range(settings.starts):
+        quiet()
         interpreter.append(clock(lambda: subprocess.run([sys.executable, "-c", "pass"], check=True)))
         with tempfile.TemporaryDirectory(prefix="weightstore-bench-") as directory:
             socket = os.path.join(directory, "store.sock")
@@ -47,7 +50,7 @@ def start(settings: Settings) -> Iterator[Row]:
         "start of a service, from fork to the answer to its first request",
         {"measured": samples, "python alone": interpreter},
         goal=GOAL,
-        notes={"resident_bytes": resident},
+        notes={"resident_bytes": resident, **quiet.notes()},
     )
     yield Row(
         "start/torch",

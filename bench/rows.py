@@ -108,14 +108,19 @@ def clock(work: Callable[..., object], *args: object) -> float:
     return time.perf_counter() - began
 
 
-def alternate(ways: Mapping[str, Way], rounds: int, warm: int = 1) -> dict[str, list[float]]:
+def alternate(
+    ways: Mapping[str, Way], rounds: int, warm: int = 1, before: Callable[[], object] | None = None
+) -> dict[str, list[float]]:
     """Samples of each way: `rounds` of them, after `warm` that do not count.
 
-    Every second round goes backwards, so that no way always follows the same other one.
+    Every second round goes backwards, so that no way always follows the same other one. `before` is called
+    ahead of every round that counts.
     """
     order = list(ways)
     samples: dict[str, list[float]] = {name: [] for name in order}
     for number in range(warm + rounds):
+        if before is not None and number >= warm:
+            before()
         for name in order if number % 2 else reversed(order):
             seconds = ways[name]()
             if number >= warm:

@@ -17,18 +17,21 @@ class Settings:
     """The full run, or with `QUICK` one that only shows that everything works.
 
     Attributes:
-        model, components: whose tensors are put, woken and loaded, in their real shapes.
+        model, components: whose first tensors are put, woken and loaded, in their real shapes.
         limit: bytes of them at most.
         rounds: samples of everything that moves those bytes.
         trips, leases, commits, starts, moves: samples of a control round trip, of lease + plan, of a commit,
             of a service start, of a tag followed.
         commit_tensors: tensors of a commit.
         engines: processes that follow one tag.
+        window: the store's.
+        quiet, patience: before each sample, wait until everything else on the machine uses less than `quiet`
+            of its cores, but at most `patience` seconds.
     """
 
-    model: str = "sd3.5-medium"
-    components: tuple[str, ...] = ("text_encoder", "text_encoder_2")
-    limit: int = 4 * GIB
+    model: str = "flux1-dev"
+    components: tuple[str, ...] = ("transformer",)
+    limit: int = 3 * GIB // 2
     rounds: int = 11
     trips: int = 3000
     leases: int = 40
@@ -38,12 +41,15 @@ class Settings:
     commit_tensors: int = 5000
     engines: int = 64
     window: int = 256 * MIB
+    quiet: float = 0.1
+    patience: float = 20.0
 
     def specs(self) -> list[TensorSpec]:
         return cut(manifests.load(self.model, self.components), self.limit)
 
 
 QUICK = Settings(
+    model="sd3.5-medium",
     components=("vae",),
     limit=8 * MIB,
     rounds=2,
@@ -55,4 +61,5 @@ QUICK = Settings(
     commit_tensors=100,
     engines=3,
     window=8 * MIB,
+    patience=0.0,
 )

@@ -12,14 +12,18 @@ from weightstore.types import TensorSpec, contiguous_stride, nbytes_of
 
 
 def cut(specs: Iterable[TensorSpec], limit: int) -> list[TensorSpec]:
-    """The first tensors, in the model's order, that together stay within `limit` bytes. Larger ones are
-    passed over; ties are made tensors of their own."""
-    chosen = []
+    """The first tensors, in the model's order, that together stay within `limit` bytes; those that alone
+    exceed it are passed over. Ties are made tensors of their own."""
+    chosen: list[TensorSpec] = []
+    left = limit
     for spec in specs:
         nbytes = nbytes_of(spec.dtype, spec.shape)
-        if nbytes <= limit:
-            limit -= nbytes
-            chosen.append(TensorSpec(spec.name, spec.dtype, spec.shape, spec.stride))
+        if nbytes > limit:
+            continue
+        left -= nbytes
+        if left < 0:
+            break
+        chosen.append(TensorSpec(spec.name, spec.dtype, spec.shape, spec.stride))
     return chosen
 
 

@@ -151,11 +151,12 @@ def test_percentiles_are_samples() -> None:
 def test_real_shapes_are_cut_and_shrunk() -> None:
     specs = QUICK.specs()
     assert specs and 0 < total_bytes(specs) <= QUICK.limit and all(s.alias_of is None for s in specs)
-    assert len(Settings().specs()) > 500
+    assert len(Settings().specs()) > 50
     tie = TensorSpec("t.tie", "float16", (64, 64), (64, 1), alias_of="t.w")
     large = TensorSpec("t.w", "float16", (64, 64), (64, 1))
     small = TensorSpec("t.b", "float32", (3,), (1,))
-    assert [s.name for s in cut([large, small, tie], nbytes_of("float16", (64, 64)) + 12)] == ["t.w", "t.b"]
+    assert [s.name for s in cut([small, tie, small], nbytes_of("float16", (64, 64)) + 12)] == ["t.b", "t.tie"]
+    assert [s.name for s in cut([large, small, tie], 100)] == ["t.b"]
     shrunk = shrink([large, small, tie], limit=100)
     assert [(s.name, s.alias_of) for s in shrunk] == [("t.w", None), ("t.b", None), ("t.tie", "t.w")]
     assert shrunk[0].shape == shrunk[2].shape == (8, 8) and shrunk[1].shape == (3,)
