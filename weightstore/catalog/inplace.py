@@ -20,7 +20,8 @@ def torn_error(model: str, tag: str, version: Version) -> TagTorn:
     return TagTorn(
         f"version {version.number} of {model!r} (tag {tag!r}) is torn: an in-place refit of "
         f"{', '.join(sorted(version.torn))} has not committed. Wait for it if it is running; otherwise write "
-        "those components whole with a new refit, or load the model again",
+        "those components whole with a new refit of the tag (in_place=True needs no more room), or load the "
+        f"model again (`weightstore load {model} …`)",
         model=model,
         tag=tag,
         torn=sorted(version.torn),
