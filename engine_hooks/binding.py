@@ -11,6 +11,8 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,6 +70,7 @@ class Binding:
             self._undo.pop()()
         self._weights.clear()
         self._by_slot.clear()
+        self.__dict__.pop("_expected", None)
 
     def forget_origin(self) -> None:
         """Let go of what the tensors were before, once there is no way back: its memory is freed."""
@@ -75,12 +78,24 @@ class Binding:
 
     def moved(self) -> list[str]:
         """Weights that somebody replaced, or gave other memory, since: the image no longer reaches them."""
+        # On the path of every wake, so what usually holds is asked of all tensors at once.
+        tensors, addresses, places = self._expected
+        in_place = [tensor.data_ptr() for tensor in tensors] == addresses
+        if in_place and all(table.get(key) is tensor for table, key, tensor in places):
+            return []
         return [
             found.name
             for found, address in self._weights
             if found.tensor.data_ptr() != address
             or any(table.get(key) is not found.tensor for table, key in found.places)
         ]
+
+    @cached_property
+    def _expected(self) -> tuple[list[torch.Tensor], list[int], list[tuple[Any, Any, torch.Tensor]]]:
+        """The bound weights, their addresses, and where modules must show each of them."""
+        founds = [found for found, _ in self._weights]
+        places = [(table, key, found.tensor) for found in founds for table, key in found.places]
+        return [found.tensor for found in founds], [address for _, address in self._weights], places
 
     def mark_changed(self, slots: Iterable[int]) -> None:
         """Raise autograd's version of every tensor in these slots, so that caches keyed on it see it."""
@@ -105,6 +120,7 @@ class Binding:
         self._weights.clear()
         self._by_slot.clear()
         self._undo.clear()
+        self.__dict__.pop("_expected", None)
 
 
 def _own_storage(image: torch.Tensor, offset: int, nbytes: int) -> torch.Tensor:

@@ -22,6 +22,7 @@ import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType, TracebackType
+from typing import NamedTuple
 
 import msgspec
 
@@ -43,6 +44,19 @@ from weightstore.snapshot import Snapshot
 from weightstore.types import TensorRecord
 
 _log = logging.getLogger("weightstore")
+
+
+class _Offered(NamedTuple):
+    """What the store offered. `records` is None for a torn version."""
+
+    version: int
+    torn: bool
+    records: dict[str, TensorRecord] | None
+
+
+def _decoded(raw: msgspec.Raw) -> dict[str, TensorRecord] | None:
+    records = read_records(raw)
+    return None if records is None else {record.name: record for record in records}
 
 
 class Lease:
@@ -77,7 +91,7 @@ class Lease:
         self._version = 0
         self._records: Mapping[str, TensorRecord] = {}
         self._mapping: ArenaMapping | None = None
-        self._offer: wire.Offer | None = None
+        self._offer: _Offered | None = None
         self._parked = False
         self._torn = False
         self._released = False
@@ -280,7 +294,7 @@ class Lease:
                     self._take(offer)
             else:
                 self._offer = offer = None
-                self._move(state.version, state.torn, state.records)
+                self._move(state.version, state.torn, _decoded(state.records))
                 self._parked = state.torn
         if parked and offer is not None:
             connection.post(
@@ -294,16 +308,15 @@ class Lease:
 
     # -- moving ------------------------------------------------------------------------------------
 
-    def _take(self, offer: wire.Offer) -> None:
+    def _take(self, offer: _Offered) -> None:
         self._offer = None
         self._move(offer.version, offer.torn, offer.records)
 
-    def _move(self, version: int, torn: bool, raw: msgspec.Raw) -> None:
+    def _move(self, version: int, torn: bool, records: dict[str, TensorRecord] | None) -> None:
         """Hold `version` from here on. The lock is held."""
-        records = read_records(raw)
         if records is not None:
             mapping = self._mapping
-            end = end_of(records)
+            end = end_of(records.values())
             if mapping is None or end > mapping.nbytes:
                 mapping = self._link.mapping
                 if end > mapping.nbytes:
@@ -311,7 +324,7 @@ class Lease:
                         f"version {version} of {self.model!r} reaches byte {end} of {mapping.nbytes}"
                     )
             self._mapping = mapping
-            self._records = MappingProxyType({record.name: record for record in records})
+            self._records = MappingProxyType(records)
         elif torn:
             self._torn = True  # whatever it is called, it cannot be read
             return
@@ -335,9 +348,11 @@ class Lease:
 
     # -- what the store says, on the I/O thread ----------------------------------------------------
 
-    def offered(self, connection: Connection, offer: wire.Offer) -> None:
+    def offered(self, connection: Connection, said: wire.Offer) -> None:
+        # Decoded now, while nobody waits: whoever takes the offer is in a hurry.
+        offer = _Offered(said.version, said.torn, _decoded(said.records))
         with self._lock:
-            if self._held_by != (connection, offer.lease):
+            if self._held_by != (connection, said.lease):
                 return
             at_once = self._parked or self._torn or offer.torn
             if at_once:
@@ -346,7 +361,7 @@ class Lease:
                 self._offer = offer
         if at_once:
             connection.post(
-                wire.TakeOffer(id=0, lease=offer.lease, version=offer.version), wire.Done, on_failed=self.lose
+                wire.TakeOffer(id=0, lease=said.lease, version=offer.version), wire.Done, on_failed=self.lose
             )
         elif self.on_offer is not None:
             try:
@@ -361,7 +376,7 @@ class Lease:
                 return False
             if grant.version != self._version:
                 # As torn as the renewal claimed: if that is wrong, the store's next offer says so.
-                self._move(grant.version, self._torn, grant.records)
+                self._move(grant.version, self._torn, _decoded(grant.records))
             self._held_by = (connection, grant.lease)
             return True
 

@@ -50,4 +50,4 @@ def _possible(record: TensorRecord) -> bool:
 
 def end_of(records: Iterable[TensorRecord]) -> int:
     """The first byte of the arena after all of `records`."""
-    return max((r.offset + r.nbytes for r in records), default=0)
+    return max([r.offset + r.nbytes for r in records], default=0)
