@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple
 
 BATCH_BYTES: Final = 16 << 20
@@ -48,27 +48,29 @@ def batches(spans: Iterable[Span], nbytes: int = BATCH_BYTES) -> list[list[Span]
 
 
 def each(spans: Iterable[Span], work: Callable[[Span], object], threads: int | None = None) -> None:
-    """Do `work` on every span, those that are large in pieces, on `threads` threads (None: by the cores).
+    """Do `work` on every span, those that are large in pieces, on `threads` threads (None: by the cores), of
+    which the caller's is one.
 
     `work` runs at the same time on several threads, so it should let go of the interpreter lock. Of several
-    errors the first is raised, after all work has ended.
+    errors one is raised, after all threads have ended.
     """
     todo = batches(spans)
-    threads = min(threads or default_threads(), len(todo))
+    helpers = min(threads or default_threads(), len(todo)) - 1
+    left = iter(todo)
 
-    def run(batch: list[Span]) -> None:
-        for span in batch:
-            work(span)
+    def run() -> None:
+        for batch in left:  # one iterator for all threads: each takes what is next
+            for span in batch:
+                work(span)
 
-    if threads <= 1:
-        for batch in todo:
-            run(batch)
+    if helpers <= 0:
+        run()
         return
-    with ThreadPoolExecutor(threads, thread_name_prefix="weightstore-bulk") as pool:
-        tasks = [pool.submit(run, batch) for batch in todo]
-        wait(tasks)
-    for task in tasks:
-        task.result()
+    with ThreadPoolExecutor(helpers, thread_name_prefix="weightstore-bulk") as pool:
+        helping = [pool.submit(run) for _ in range(helpers)]
+        run()
+    for helper in helping:
+        helper.result()
 
 
 def copy_spans(
