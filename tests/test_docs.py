@@ -100,6 +100,46 @@ def test_names(store: ws.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert sorted(store.models()) == ["flux1-dev", "flux1-new"]
 
 
+def sd3() -> torch.nn.Module:
+    from diffusers import SD3Transformer2DModel
+
+    sizes = dict.fromkeys(("joint_attention_dim", "caption_projection_dim", "pooled_projection_dim"), 16)
+    return SD3Transformer2DModel(
+        sample_size=8, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, **sizes
+    )
+
+
+def step(module: torch.nn.Module) -> torch.nn.Module:
+    """`module` after what a page calls a training step: every trained value is another."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    return module
+
+
+def test_lora(store: ws.Store, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    transformer = sd3().requires_grad_(False)
+    with store.refit("sd3", tag="policy") as refit:
+        refit.put_module(transformer, prefix="transformer.")
+    namespace: dict[str, Any] = {"store": store, "torch": torch, "train": step}
+    namespace |= {"transformer": transformer, "engine": sd3()}
+    assert run(DOCS / "lora.md", namespace, tmp_path, json_as="") == 13
+    namespace["hook"].close()
+
+
+def test_tags(store: ws.Store, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    transformer = sd3()
+    with store.refit("sd3", tag="policy") as refit:
+        refit.put_module(transformer, prefix="transformer.")
+        refit.put("vae.decoder.weight", torch.ones(100))
+    namespace: dict[str, Any] = {"store": store, "torch": torch, "step": step}
+    namespace |= {"transformer": transformer, "engine": sd3()}
+    assert run(DOCS / "tags.md", namespace, tmp_path, json_as="") == 10
+
+
 def test_a_page_that_says_something_else_is_noticed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("```python\nprint(1 + 1)\n```\n\n```text\n3\n```\n")
