@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import adapters
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
 from weightstore.errors import InvalidTensor, UsageError
 from weightstore.lora.state_dict import Module, read_adapter
@@ -184,6 +187,16 @@ def test_halves_shapes_and_types() -> None:
         read(PAIR | {"net.lin.lora_A.weight": "weights"}, alpha=1)
     with pytest.raises(UsageError, match="alpha is a number"):
         read(PAIR, alpha="two")
+
+
+def test_a_sharded_adapter_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    try:
+        sharded = distribute_tensor(A, init_device_mesh("cpu", (1,)))
+        with pytest.raises(InvalidTensor, match=r"net\.lin' is sharded.*full_tensor"):
+            read(PAIR | {"net.lin.lora_A.weight": sharded}, alpha=1)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_default_config_needs_nothing_else() -> None:

@@ -145,8 +145,15 @@ def _collect(state_dict: Mapping[str, Any], adapter: str | None) -> dict[str, _F
 
 def _pair(name: str, one: _Found) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B such that B·A is what the weight gets. Raises InvalidTensor."""
+    from weightstore.sharding import is_dtensor
     from weightstore.tensors import as_tensor
 
+    if is_dtensor(one.a) or is_dtensor(one.b):
+        raise InvalidTensor(
+            f"LoRA of {name!r} is sharded, and its sum needs all of it; give the whole, on all ranks: "
+            "{name: tensor.full_tensor() for name, tensor in adapter.items()}",
+            name=name,
+        )
     a, b = as_tensor(f"{name}.lora_A", one.a).detach(), as_tensor(f"{name}.lora_B", one.b).detach()
     if one.embedding:  # F.embedding reads rows of (entries, width), the transpose of what PEFT computes
         a, b = b.T, a.T
