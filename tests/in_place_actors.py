@@ -27,11 +27,15 @@ class Transformer(nn.Module):
 
 
 def train(step: Step, socket: str, model: str, value: float, rows: int = ROWS) -> int:
-    """An in-place refit that stops before each tensor, and at the end; told to fail, it does."""
+    """An in-place refit that stops before each tensor, and at the end; told to fail or hang up, it does."""
     with connect(socket) as store, store.refit(model, components=["transformer"], in_place=True) as refit:
         for name, tensor in state_dict(value, rows).items():
-            if step(f"before {name}") == "fail":
+            order = step(f"before {name}")
+            if order == "fail":
                 raise WeightstoreError("the loss is NaN")
+            if order == "hang up":
+                store.link.connect().close()
+                step("hung up")
             refit.put(name, tensor)
         step("all written")
         return refit.commit()

@@ -520,9 +520,33 @@ def test_a_torn_tag_is_healed_in_place_too():
     publish(c)
     c.open_refit(opened(in_place=True), ALICE, 0.0)
     c.drop_peer(ALICE)
+    with pytest.raises(VersionInUse, match=f"process {ALICE.writer.pid} may still be writing to it"):
+        c.open_refit(opened(in_place=True), BOB, 0.0)
+    c.settle(ALICE.writer)
     again = c.open_refit(opened(in_place=True), BOB, 0.0)
     commit(c, again.number, list(again.targets), BOB)
     assert not c.resolve("m", "latest", None).torn
+
+
+def test_a_writer_that_gives_up_in_place_has_stopped_writing():
+    c = catalog()
+    publish(c)
+    refit = c.open_refit(opened(in_place=True), ALICE, 0.0)
+    c.abort_refit(refit.number, ALICE, "out of memory")
+    assert c.holdouts() == set()
+    c.open_refit(opened(in_place=True), BOB, 0.0)
+
+
+def test_space_that_was_overwritten_in_place_waits_for_its_writer():
+    c = catalog()
+    publish(c)
+    c.open_refit(opened(in_place=True), ALICE, 0.0)
+    c.drop_peer(ALICE)
+    healed = c.open_refit(opened(), BOB, 0.0)
+    commit(c, healed.number, list(healed.targets), BOB)
+    assert c.models.get("m").versions.keys() == {2} and c.usage().quarantined > 0
+    assert c.holdouts() == {ALICE.writer}
+    assert c.settle(ALICE.writer) and c.usage().quarantined == 0
 
 
 # -- grace ----------------------------------------------------------------------------------------

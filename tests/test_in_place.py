@@ -288,3 +288,25 @@ def test_where_only_one_copy_fits_in_place_goes_on_and_on(tmp_path: Path) -> Non
                 assert engine.does("wake") == awake(version, value)
                 engine.does("sleep")
             engine.close()
+
+
+def test_a_trainer_that_hung_up_and_lives_keeps_others_from_overwriting(
+    service: Service, store: Store, model: str, engine: Engine
+) -> None:
+    # Its connection has ended, and with it the refit; but its last copies may still be landing.
+    with Child(actors.train, service.socket, model, 2.0) as trainer:
+        half_way(trainer)
+        trainer.go("hang up")
+        trainer.reaches("hung up")
+        eventually(lambda: not store.status().refits, "its refit is gone")
+        with pytest.raises(VersionInUse, match=rf"process {trainer.pid} may still be writing to it"):
+            store.refit(model, components=["transformer"], in_place=True)
+        # Beside it there is room; what it may be writing to stays out of use until it has gone.
+        publish(store, model, 3.0, components=["transformer"])
+        assert engine.does("wake") == awake(2, 3.0)
+        engine.does("sleep")
+        eventually(lambda: store.status().arena.quarantined, "version 1 is gone, its space is not back")
+        trainer.kill()
+    eventually(lambda: not store.status().arena.quarantined, "its space is back")
+    publish(store, model, 4.0, components=["transformer"], in_place=True)
+    assert engine.does("wake") == awake(3, 4.0)

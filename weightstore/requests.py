@@ -159,6 +159,8 @@ class Requests:
     async def _open_refit(self, peer: Peer, request: wire.OpenRefit) -> wire.Reply:
         if sum(refit.rank_of(peer) is not None for refit in self._catalog.refits.values()) >= MAX_REFITS:
             raise UsageError(f"this connection has {MAX_REFITS} refits open; commit or abort some")
+        if request.in_place:  # a trainer that died a moment ago may still have copies landing
+            await self._changes.until(lambda: not self._catalog.overwriting(request.model), OFFER_PATIENCE)
         refit = await self._with_space(
             request.model, lambda: self._store.open_refit(request, peer, self._clock())
         )

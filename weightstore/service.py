@@ -172,7 +172,7 @@ class Service:
             self._loop.add_signal_handler(number, self._stop.set)
         if self._config.until_eof is not None:
             self._loop.add_reader(self._config.until_eof, self._on_lifeline, self._config.until_eof)
-        for writer in self._catalog.space.holdouts():
+        for writer in self._catalog.holdouts():
             self._watch(writer, self._reopen_pidfd(writer))
         accepting = asyncio.create_task(self._accept(listener))
         summing = asyncio.create_task(self._checksummer.run())
@@ -280,7 +280,7 @@ class Service:
     def _part(self, session: Session, peer: Peer) -> None:
         """The connection has ended: so do its leases and refits."""
         self._store.drop_peer(peer)
-        if peer.writer in self._catalog.space.holdouts():
+        if peer.writer in self._catalog.holdouts():
             self._watch(peer.writer, session.take_pidfd())
         self._changes.announce()
 
@@ -412,7 +412,7 @@ class Service:
             )
             self._sessions[lease.peer.number].send(offer)
         self._checksummer.wake()
-        for writer in self._watched.keys() - self._catalog.space.holdouts() if self._watched else ():
+        for writer in self._watched.keys() - self._catalog.holdouts() if self._watched else ():
             self._unwatch(writer)
         if self._deadline is not None:
             self._deadline.cancel()

@@ -293,14 +293,19 @@ class Catalog:
             self._abort(refit, f"rank {rank} aborted it{': ' + reason if reason else ''}")
         self._leave(refit, peer)
         self.space.settle(peer.writer, refit.number)
+        if refit.base is not None:
+            refit.base.writers.discard(peer.writer)
         self.collect()
 
     def _abort(self, refit: Refit, reason: str) -> None:
         refit.move(RefitState.ABORTED, reason)
         self.space.give_up(refit.number, refit.owned, refit.writing())
         refit.owned = []
-        if refit.declared.in_place and refit.base is not None and not refit.written:
-            refit.base.torn = refit.torn_before
+        if refit.declared.in_place and refit.base is not None:
+            if refit.written:
+                refit.base.writers |= refit.writing()
+            else:
+                refit.base.torn = refit.torn_before
 
     def _leave(self, refit: Refit, peer: Peer) -> None:
         """An ended refit is remembered until every rank has learnt of its end."""
@@ -414,7 +419,18 @@ class Catalog:
 
     def settle(self, writer: Writer) -> bool:
         """No copy of `writer` is in flight. True if space came back."""
+        for version in self.models.versions():
+            version.writers.discard(writer)
         return self.space.settle(writer)
+
+    def holdouts(self) -> set[Writer]:
+        """Writers of ended refits that may still be writing, to space of their own or in place."""
+        return self.space.holdouts().union(*(version.writers for version in self.models.versions()))
+
+    def overwriting(self, model: str) -> set[Writer]:
+        """Those of them that were overwriting a version of `model`."""
+        found = self.models.find(model)
+        return set() if found is None else set().union(*(v.writers for v in found.versions.values()))
 
     def collect(self) -> None:
         """Free every version that is not live, unless the grace period still runs."""
@@ -439,7 +455,7 @@ class Catalog:
         version.move(VersionState.FREED)
         model = self.models.ensure(version.model)
         del model.versions[version.number]
-        self.space.drop(version.extents)
+        self.space.drop(version.extents, version.writers)
         self.freed.append(version)
 
     def _number(self) -> int:

@@ -45,7 +45,15 @@ def require_sole_use(
     leases: Iterable[Lease],
     open_refits: Iterable[Refit],
 ) -> None:
-    """Raise VersionInUse if anybody but parked followers of the refit's own tag may see `base` change."""
+    """Raise VersionInUse if anybody but parked followers of the refit's own tag may see `base` change, or
+    anybody else may be changing it."""
+    if base.writers:
+        pids = ", ".join(sorted(str(writer.pid) for writer in base.writers))
+        raise VersionInUse(
+            f"an earlier in-place refit of version {base.number} of {refit.model!r} was aborted, and process "
+            f"{pids} may still be writing to it; try again when that has ended",
+            pids=pids,
+        )
     tags = model.tags_of(base.number)
     if tags != [refit.tag]:
         named = ", ".join(tag for tag in tags if tag != refit.tag)

@@ -28,7 +28,8 @@ class Usage:
 
 @dataclass
 class Debt:
-    """Extents of refit `refit` that come back once none of `holdouts` can still be writing to them."""
+    """Extents of refit `refit` (0: of a version that was overwritten in place) that come back once none of
+    `holdouts` can still be writing to them."""
 
     refit: int
     extents: tuple[Extent, ...]
@@ -118,8 +119,9 @@ class Space:
                 new.append(extent)
         self._reachable += _bytes_taken(new)
 
-    def drop(self, extents: Iterable[Extent]) -> None:
-        """One version fewer refers to these extents; the last reference frees them."""
+    def drop(self, extents: Iterable[Extent], holdouts: Iterable[Writer] = ()) -> None:
+        """One version fewer refers to these extents; the last reference frees them, or puts them into
+        quarantine while writers hold out that were overwriting them."""
         references = self._references
         freed = []
         for extent in extents:
@@ -129,7 +131,11 @@ class Space:
             else:
                 freed.append(extent)
         self._reachable -= _bytes_taken(freed)
-        self._allocator.release(freed)
+        waiting = set(holdouts)
+        if waiting and freed:
+            self.debts.append(Debt(0, tuple(freed), waiting))
+        else:
+            self._allocator.release(freed)
 
     def shared(self, extents: Iterable[Extent]) -> bool:
         """Whether more than one live version refers to any of these extents."""

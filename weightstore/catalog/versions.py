@@ -23,6 +23,7 @@ from typing import Final
 
 import msgspec
 
+from weightstore.catalog.writers import Writer
 from weightstore.errors import UnknownModel, UnknownTag, UnknownVersion
 from weightstore.types import DEFAULT_TAG, Extent, TensorRecord
 
@@ -44,7 +45,8 @@ VERSION_MOVES: Final[dict[VersionState, frozenset[VersionState]]] = {
 class Version:
     """A committed snapshot. `encoded` is `records` as readers receive them (wire.encode_records).
 
-    `checksums` maps an extent to the xxh3-64 of its bytes once the service has computed it.
+    `checksums` maps an extent to the xxh3-64 of its bytes once the service has computed it. `writers` were
+    overwriting it in place when that was aborted, and may not have stopped.
     """
 
     model: str
@@ -57,6 +59,7 @@ class Version:
     torn: frozenset[str] = frozenset()
     checksums: dict[Extent, int] = field(default_factory=dict)
     checksummed: bool = False
+    writers: set[Writer] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         places = [Extent(r.offset, r.nbytes) for r in self.records.values() if r.nbytes]
