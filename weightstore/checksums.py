@@ -1,30 +1,36 @@
 """Checksums of committed versions: xxh3-64 of every extent, computed behind the readers' backs.
 
-Hashing runs on one thread of its own, in pieces, so that it neither delays the event loop nor a
-refit. The thread's priority is everybody's: one that a busy host lets wait would now and then do so with
-the interpreter lock in its hands, and the event loop with it (measured: up to 1.6 s). A version freed meanwhile may have its bytes reused under the hash; the result is then thrown
-away, because the store keeps checksums only of versions that are still there.
+Hashing takes memory bandwidth that refits and wakes could use, so it happens while the store is calm: no
+refit open and nothing changed for `CALM` seconds, asked again after every batch. It runs on one thread
+of its own, in pieces, so that it does not delay the event loop. The thread's priority is everybody's: one
+that a busy host lets wait would now and then do so with the interpreter lock in its hands, and the
+event loop with it (measured: up to 1.6 s).
+
+A version freed meanwhile may have its bytes reused under the hash; the result is then thrown away, because
+the store keeps checksums only of versions that are still there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import xxhash
 
-from weightstore.catalog import Version
+from weightstore.catalog import Version, VersionState
 from weightstore.store import Store
 from weightstore.types import Extent, TensorRecord
 from weightstore.wire import Verified
 
 PIECE: Final = 64 << 20
 """Bytes hashed between two looks at `cancelled`: about 5 ms."""
-HEAD_START: Final = 0.1
-"""Seconds that whoever waits for a commit, and followers, get before hashing competes with them."""
+BATCH: Final = 256 << 20
+"""Bytes hashed between two looks at whether the store is still calm."""
+CALM: Final = 1.0
+"""Seconds without a change before hashing begins: engines that wake on a commit have done so by then."""
 
 
 def hash_extents(
@@ -40,6 +46,20 @@ def hash_extents(
             digest.update(buffer[start : min(start + PIECE, extent.end)])
         sums[extent] = digest.intdigest()
     return sums
+
+
+def batches(extents: Iterable[Extent]) -> Iterator[list[Extent]]:
+    """The extents in their order, in lists of at least `BATCH` bytes (but the last)."""
+    batch: list[Extent] = []
+    nbytes = 0
+    for extent in extents:
+        batch.append(extent)
+        nbytes += extent.nbytes
+        if nbytes >= BATCH:
+            yield batch
+            batch, nbytes = [], 0
+    if batch:
+        yield batch
 
 
 def content_digest(records: Iterable[TensorRecord], checksums: dict[Extent, int]) -> str:
@@ -61,12 +81,14 @@ class Checksummer:
         self._store = store
         self._cancelled = threading.Event()
         self._pool = ThreadPoolExecutor(1, "weightstore-sum")
-        self._wanted = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._last_change = 0.0
         self._given_up: set[Version] = set()
 
     def wake(self) -> None:
-        """There may be a version without checksums."""
-        self._wanted.set()
+        """Something changed: there may be a version without checksums, and the store is not calm."""
+        self._last_change = asyncio.get_running_loop().time()
+        self._changed.set()
 
     def close(self) -> None:
         """Stop hashing and wait until the thread no longer reads the arena."""
@@ -75,15 +97,31 @@ class Checksummer:
 
     async def run(self) -> None:
         while True:
-            self._wanted.clear()
+            self._changed.clear()
             version = self._next()
             if version is None:
-                await self._wanted.wait()
-                await asyncio.sleep(HEAD_START)
+                await self._changed.wait()
                 continue
-            sums = await self._hash(version, [e for e in version.extents if e not in version.checksums])
-            if not self._store.record_checksums(version, {**version.checksums, **sums}):
+            sums = dict(version.checksums)
+            for batch in batches([e for e in version.extents if e not in sums]):
+                await self._calm()
+                if version.state is VersionState.FREED or version.torn:
+                    break
+                sums |= await self._hash(batch)
+            if not self._store.record_checksums(version, sums):
                 self._given_up.add(version)
+
+    async def _calm(self) -> None:
+        """Wait until no refit is open and nothing has changed for a while."""
+        while True:
+            self._changed.clear()
+            if next(self._store.catalog.open_refits(), None) is not None:
+                await self._changed.wait()
+                continue
+            left = self._last_change + CALM - asyncio.get_running_loop().time()
+            if left <= 0:
+                return
+            await asyncio.sleep(left)
 
     def _next(self) -> Version | None:
         versions = [v for v in self._store.catalog.models.versions() if not v.checksummed and not v.torn]
@@ -93,7 +131,7 @@ class Checksummer:
 
     async def verify(self, request: int, version: Version) -> Verified:
         """Sum all bytes of a version that stays leased meanwhile, and compare with the sums kept."""
-        sums = await self._hash(version, version.extents)
+        sums = await self._hash(version.extents)
         kept = version.checksums
         corrupt = [r.name for r in version.records.values() if r.nbytes and _differs(r, kept, sums)]
         if not corrupt and not version.checksummed:
@@ -109,7 +147,7 @@ class Checksummer:
             digest=content_digest(version.records.values(), sums),
         )
 
-    async def _hash(self, version: Version, extents: Iterable[Extent]) -> dict[Extent, int]:
+    async def _hash(self, extents: Iterable[Extent]) -> dict[Extent, int]:
         loop = asyncio.get_running_loop()
         buffer = self._store.arena.buffer
         hashing = loop.run_in_executor(self._pool, hash_extents, buffer, extents, self._cancelled)
