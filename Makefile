@@ -5,6 +5,7 @@
 #   make test       the tests that need no GPU
 #   make check      formatter, linter, strict types, tests
 #   make test-gpu   the GPU tests, with the packages of the current interpreter
+#   make fuzz       100,000 senseless inputs to a live store (a nightly job's; minutes)
 #   make bench      measurements as ratios to plain copies
 #   make fmt        format the code
 #   make clean      remove what the other targets made
@@ -19,7 +20,7 @@ STAMP := $(VENV)/.installed
 # Nothing here ever needs a model hub; a missing file must fail at once instead of asking the network.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check lint test-gpu bench fmt clean
+.PHONY: demo test check lint test-gpu fuzz bench fmt clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt tools/make_venv.sh
@@ -41,6 +42,9 @@ check: lint test
 
 test-gpu:
 	$(PYTHON) -m pytest -m gpu $(ARGS)
+
+fuzz: $(STAMP)
+	WEIGHTSTORE_FUZZ_INPUTS=$(or $(INPUTS),100000) $(BIN)/python -m pytest -s tests/test_protocol_fuzz.py $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench $(or $(ARGS),host)
