@@ -58,12 +58,17 @@ class Rank:
     """What a rank holds between requests. Each public method answers one."""
 
     def __init__(self) -> None:
+        self.device = "cpu"
         self.model: nn.Module = nn.Module()
         self.store: ws.Store | None = None
         self.refit: Refit | None = None
 
-    def start(self, path: str, rank: int, world_size: int) -> int:
-        dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world_size)
+    def start(self, path: str, rank: int, world_size: int, device: str = "cpu") -> int:
+        self.device = device
+        if device == "cuda":
+            torch.cuda.set_device(rank)
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{path}", rank=rank, world_size=world_size)
         return os.getpid()
 
     def connect(self, store: str) -> None:
@@ -73,34 +78,34 @@ class Rank:
         """Make the same model on every rank, spread as `kind` says; how its parameters lie."""
         torch.manual_seed(seed)
         world = dist.get_world_size()
-        model: nn.Module = Block(8 if kind == "fsdp_tp" else 7).to(getattr(torch, dtype))
+        model: nn.Module = Block(8 if kind == "fsdp_tp" else 7).to(self.device, getattr(torch, dtype))
         if kind == "fsdp":
-            fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+            fully_shard(model, mesh=init_device_mesh(self.device, (world,)))
         elif kind == "mixed":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-            fully_shard(model, mesh=init_device_mesh("cpu", (world,)), mp_policy=policy)
+            fully_shard(model, mesh=init_device_mesh(self.device, (world,)), mp_policy=policy)
         elif kind == "layers":
-            mesh = init_device_mesh("cpu", (world,))
+            mesh = init_device_mesh(self.device, (world,))
             for layer in (model.up, model.down):
                 fully_shard(layer, mesh=mesh)
             fully_shard(model, mesh=mesh)
         elif kind == "hsdp":
-            mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicas", "shards"))
+            mesh = init_device_mesh(self.device, (2, world // 2), mesh_dim_names=("replicas", "shards"))
             fully_shard(model, mesh=mesh)
         elif kind == "fsdp_tp":
-            mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+            mesh = init_device_mesh(self.device, (world // 2, 2), mesh_dim_names=("dp", "tp"))
             parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
             for layer in (model.up, model.down):
                 fully_shard(layer, mesh=mesh["dp"])
         elif kind == "columns":
-            mesh = init_device_mesh("cpu", (world,))
+            mesh = init_device_mesh(self.device, (world,))
             model = nn.Module()
-            weight = distribute_tensor(torch.arange(35.0).view(5, 7), mesh, [Shard(1)])
+            weight = distribute_tensor(torch.arange(35.0, device=self.device).view(5, 7), mesh, [Shard(1)])
             model.register_parameter("w", nn.Parameter(weight))
         elif kind == "ddp":
             model = DistributedDataParallel(model)
         elif kind == "partial":
-            mesh = init_device_mesh("cpu", (world,))
+            mesh = init_device_mesh(self.device, (world,))
             model = nn.Module()
             model.register_parameter("fine", nn.Parameter(torch.ones(3)))
             model.register_parameter("w", nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Partial()])))
@@ -114,7 +119,7 @@ class Rank:
     def train(self, steps: int = 1, forward: bool = True) -> None:
         """Real steps; then, as after a validation, one forward that leaves parameters gathered."""
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
-        tokens = torch.arange(6).view(2, 3) % 9
+        tokens = torch.arange(6, device=self.device).view(2, 3) % 9
         for _ in range(steps):
             self.model(tokens).square().mean().backward()
             optimizer.step()

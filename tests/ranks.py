@@ -97,13 +97,13 @@ class Zygote:
         return Rank(link)
 
     @contextmanager
-    def group(self, world_size: int, store: str) -> Iterator[Group]:
-        """A process group of that many ranks, all connected to a store."""
+    def group(self, world_size: int, store: str, device: str = "cpu") -> Iterator[Group]:
+        """A process group of that many ranks, all connected to a store; on ``cuda`` each has its own GPU."""
         ranks = [self.spawn() for _ in range(world_size)]
         try:
             meeting = str(self._directory / f"meeting{next(self._numbers)}")
             for number, rank in enumerate(ranks):
-                rank.tell("start", path=meeting, rank=number, world_size=world_size)
+                rank.tell("start", path=meeting, rank=number, world_size=world_size, device=device)
             for rank in ranks:
                 rank.pid = rank.hear()
             group = Group(ranks)
