@@ -273,7 +273,7 @@ class Catalog:
         model.versions[version.number] = version
         self.space.publish(refit.owned)
         self.space.refer(version.extents)
-        kept = version.extents - {record.extent for record in refit.targets.values()}
+        kept = version.extents - set(refit.owned or [record.extent for record in refit.targets.values()])
         version.checksums = {e: c for e, c in version.checksums.items() if e in kept}
         model.tags[refit.tag] = version.number
         if refit.declared.in_place and refit.base is not None:

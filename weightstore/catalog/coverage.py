@@ -33,15 +33,15 @@ def check_coverage(
     A write to any other name is unknown. `staying` are tensors of the base that have none: of each some
     writer has to say that it `kept` it. `what` names the refit in the message.
     """
-    problems: dict[str, list[str]] = {}
+    problems: dict[str, dict[str, None]] = {}
 
     def report(kind: str, name: str) -> None:
-        names = problems.setdefault(kind, [])
-        if name not in names:
-            names.append(name)
+        problems.setdefault(kind, {})[name] = None
 
     # Within one refit an offset is an extent. Empty tensors share none worth the name; each is by itself.
-    written: dict[int | str, list[Write]] = {}
+    whole: dict[int | str, Write] = {}
+    parted: dict[int | str, list[Write]] = {}
+    """Written in parts, or more than once."""
     for write in writes:
         record = (staying if write.kept else targets).get(write.name)
         if record is None:
@@ -49,12 +49,18 @@ def check_coverage(
         elif write.box is not None and not _fits(write.box, record.shape):
             report("mismatched", write.name)
         else:
-            written.setdefault(record.offset if record.nbytes else record.name, []).append(write)
+            key = record.offset if record.nbytes else record.name
+            if key in parted:
+                parted[key].append(write)
+            elif key in whole:
+                parted[key] = [whole.pop(key), write]
+            elif write.box is None:
+                whole[key] = write
+            else:
+                parted[key] = [write]
 
-    work = _Work(STEPS + STEPS_A_PART * sum(map(len, written.values())))
-    for parts in written.values():
-        if len(parts) == 1 and parts[0].box is None:
-            continue
+    work = _Work(STEPS + STEPS_A_PART * sum(map(len, parted.values())))
+    for parts in parted.values():
         name, kept = parts[0].name, parts[0].kept
         boxes = [part.box for part in parts if part.box is not None]
         if len(boxes) < len(parts):
@@ -65,10 +71,12 @@ def check_coverage(
             report(problem, name)
 
     for name, record in (*targets.items(), *staying.items()):
-        if (record.offset if record.nbytes else name) not in written:
+        key = record.offset if record.nbytes else name
+        if key not in whole and key not in parted:
             report("missing", name)
     if problems:
-        raise CoverageError(describe_problems(what, problems), **problems)
+        names = {kind: list(found) for kind, found in problems.items()}
+        raise CoverageError(describe_problems(what, names), **names)
 
 
 def describe_problems(what: str, problems: Mapping[str, list[str]]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from weightstore.allocator import Allocator
 from weightstore.catalog.writers import Writer
-from weightstore.types import Extent, align_up
+from weightstore.types import ALIGN, Extent
 
 
 @dataclass(frozen=True)
@@ -110,26 +110,20 @@ class Space:
 
     def refer(self, extents: Iterable[Extent]) -> None:
         """One more live version refers to these (distinct, non-empty) extents."""
-        references = self._references
-        new = []
-        for extent in extents:
-            count = references.get(extent, 0)
-            references[extent] = count + 1
-            if not count:
-                new.append(extent)
+        extents = list(extents)
+        counts = list(map(self._references.get, extents))
+        new = [extent for extent, count in zip(extents, counts, strict=True) if count is None]
+        self._references.update((e, c + 1) for e, c in zip(extents, counts, strict=True) if c is not None)
+        self._references.update(dict.fromkeys(new, 1))
         self._reachable += _bytes_taken(new)
 
     def drop(self, extents: Iterable[Extent], holdouts: Iterable[Writer] = ()) -> None:
         """One version fewer refers to these extents; the last reference frees them, or puts them into
         quarantine while writers hold out that were overwriting them."""
-        references = self._references
-        freed = []
-        for extent in extents:
-            count = references.pop(extent) - 1
-            if count:
-                references[extent] = count
-            else:
-                freed.append(extent)
+        extents = list(extents)
+        counts = list(map(self._references.pop, extents))
+        freed = [extent for extent, count in zip(extents, counts, strict=True) if count == 1]
+        self._references.update((e, c - 1) for e, c in zip(extents, counts, strict=True) if c > 1)
         self._reachable -= _bytes_taken(freed)
         waiting = set(holdouts)
         if waiting and freed:
@@ -159,4 +153,4 @@ class Space:
 
 
 def _bytes_taken(extents: Iterable[Extent]) -> int:
-    return sum([align_up(extent.nbytes) for extent in extents])
+    return sum([-(-extent.nbytes // ALIGN) for extent in extents]) * ALIGN
