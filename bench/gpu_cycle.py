@@ -211,12 +211,13 @@ def _puts_and_refits(
     trainer = random_modules(settings.specs(whole=False))[settings.main]
     put: dict[str, list[float]] = {D2H: [], "measured": [], "first": []}
     refit: dict[str, list[float]] = {H2D: [], "measured": []}
+    phases: dict[str, list[float]] = {"open": [], "put_module": [], "commit": []}
     limit.h2d(main)
     for number in range(settings.rounds + 2):
         scramble(trainer.parameters())
         torch.cuda.synchronize()
         limited = limit.d2h(main)
-        took = clock(_put, store, trainer, settings.main, None)
+        took = clock(_put, store, trainer, settings.main, None, phases)
         # The first two write to extents that were never pinned; from then on two take turns.
         if number < 2:
             put["first"].append(took)
@@ -237,7 +238,7 @@ def _puts_and_refits(
         references=REFERENCES,
         nbytes=main,
         goal=Goal(0.95, True),
-        notes={"first": first},
+        notes={"first": first, "phases": phases},
     )
     yield Row(
         "refit.all",
@@ -284,13 +285,26 @@ def _some(
     )
 
 
-def _put(store: Store, trainer: nn.Module, component: str, names: Iterable[str] | None) -> None:
+def _put(
+    store: Store,
+    trainer: nn.Module,
+    component: str,
+    names: Iterable[str] | None,
+    phases: dict[str, list[float]] | None = None,
+) -> None:
     torch.cuda.synchronize()
+    times = [time.perf_counter()]
     with store.refit("model", components=[component], partial=names is not None) as refit:
+        times.append(time.perf_counter())
         if names is None:
             refit.put_module(trainer, prefix=f"{component}.")
         else:
             refit.put_many((f"{component}.{name}", trainer.get_parameter(name)) for name in names)
+        times.append(time.perf_counter())
+        refit.commit()
+        times.append(time.perf_counter())
+    for phase, start, end in zip(phases or (), times, times[1:], strict=False):
+        (phases or {})[phase].append(end - start)
 
 
 def _verify(hook: EngineHook, limit: Limit, whole: int) -> Iterator[Row]:

@@ -203,7 +203,8 @@ class Requests:
         try:
             self._store.commit(request.refit, peer, request.writes, self._clock())
         finally:
-            self._changes.announce()
+            # On the loop's next turn: the writer's answer goes out before a thousand readers' offers.
+            asyncio.get_running_loop().call_soon(self._changes.announce)
         await self._changes.until(lambda: refit.state is not RefitState.OPEN, None)
         if refit.state is RefitState.ABORTED:
             raise RefitAborted(f"{refit.describe()} was aborted: {refit.reason}", refit=refit.number)
