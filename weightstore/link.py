@@ -121,8 +121,6 @@ class Link:
                 raise UsageError("this store was closed; connect again")
             known = self._writer
             if known is None or (known.uuid, known.nbytes) != (welcome.arena, welcome.nbytes):
-                if known is not None:
-                    known.close()
                 old, known = known, ArenaMapping(fd, welcome.nbytes, True, welcome.arena)
                 self._writer = known
                 if old is not None:
