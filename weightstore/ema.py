@@ -121,7 +121,7 @@ def update_ema(
             with store.lease(model, target) as average:
                 means = _means(policy, average, components, shadow)
                 if means:
-                    _write(refit, policy, average, means, 1.0 - decay, shadow)
+                    _write(refit, means, 1.0 - decay, shadow)
                 else:
                     refit.abort("nothing to average")
         if means:
@@ -200,34 +200,36 @@ def _refuse_shadows(*versions: Snapshot) -> None:
             )
 
 
-def _write(
-    refit: Refit,
-    policy: Snapshot,
-    average: Snapshot,
-    means: Sequence[_Mean],
-    weight: float,
-    shadow: str | None,
-) -> None:
+def _write(refit: Refit, means: Sequence[_Mean], weight: float, shadow: str | None) -> None:
     """Average into fresh places, blocks of all tensors on a few threads."""
     specs = [TensorSpec(m.source.name, m.source.dtype, m.source.shape, m.source.stride) for m in means]
     refined = [m.source for m in means if shadow is not None and m.source.dtype in _ROUNDED]
     specs += [TensorSpec(f"{SHADOW}.{r.name}", "float32", r.shape, r.stride) for r in refined]
     places = {record.name: record for record in refit.reserve(specs)}
     mapping = refit.mapping
-    passes = [_Pass.of(mean, places, mapping, policy, average) for mean in means]
+    passes = [_Pass.of(mean, places, mapping) for mean in means]
 
     def work(span: Span) -> None:
         # Counted in elements, not bytes.
-        end = span.target + span.nbytes
-        for start in range(span.target, end, _BLOCK):
-            passes[span.number].block(start, min(start + _BLOCK, end), weight)
+        start, end = span.target, span.target + span.nbytes
+        one = passes[span.number]
+        for written in (one.result, one.new_shadow):
+            if written is not None:
+                size = written.element_size()
+                place = written.data_ptr() - mapping.address
+                mapping.prefault(place + start * size, span.nbytes * size)
+        for at in range(start, end, _BLOCK):
+            one.block(at, min(at + _BLOCK, end), weight)
 
     each((Span(number, 0, 0, one.numel) for number, one in enumerate(passes)), work)
     refit.wrote(places)
 
 
 class _Pass(NamedTuple):
-    """One tensor's bytes as flat tensors, all in the memory order of the source."""
+    """One tensor's bytes as flat tensors, all in the memory order of the source.
+
+    All are read through the writable mapping too: the trainer that wrote the source has its pages there.
+    """
 
     source: torch.Tensor
     average: torch.Tensor
@@ -236,22 +238,17 @@ class _Pass(NamedTuple):
     new_shadow: torch.Tensor | None
 
     @classmethod
-    def of(
-        cls,
-        mean: _Mean,
-        places: Mapping[str, TensorRecord],
-        mapping: ArenaMapping,
-        policy: Snapshot,
-        average: Snapshot,
-    ) -> _Pass:
-        name, stride = mean.source.name, mean.source.stride
-        place = places.get(f"{SHADOW}.{name}")
+    def of(cls, mean: _Mean, places: Mapping[str, TensorRecord], mapping: ArenaMapping) -> _Pass:
+        def flat(record: TensorRecord) -> torch.Tensor:
+            return _flat(tensor_of(mapping, record), mean.source.stride)
+
+        shadow, new_shadow = mean.shadow, places.get(f"{SHADOW}.{mean.source.name}")
         return cls(
-            _flat(policy[name], stride),
-            _flat(average[name], stride),
-            _flat(tensor_of(mapping, places[name]), stride),
-            None if mean.shadow is None else _flat(average[mean.shadow.name], stride),
-            None if place is None else _flat(tensor_of(mapping, place), stride),
+            flat(mean.source),
+            flat(mean.target),
+            flat(places[mean.source.name]),
+            None if shadow is None else flat(shadow),
+            None if new_shadow is None else flat(new_shadow),
         )
 
     @property
