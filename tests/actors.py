@@ -77,6 +77,15 @@ def train_in_place(step: Step, socket: str, model: str, value: int) -> None:
         step("committed")
 
 
+def train_in_place_unheard(step: Step, socket: str, model: str, value: int) -> None:
+    """The same without a client that would tell a store, once it is back, that its copies have landed."""
+    with Raw(socket) as raw:
+        raw.hello(instance="quiet")
+        raw.ask(wire.OpenRefit(id=0, model=model, tag="latest", components=["t"], in_place=True))
+        step("half written")
+    step("hung up")
+
+
 def commit_and_not_listen(step: Step, socket: str, model: str, value: int) -> None:
     """A trainer that dies between sending its commit and reading what became of it."""
     with connect(socket) as store, Raw(socket) as raw:
@@ -87,6 +96,21 @@ def commit_and_not_listen(step: Step, socket: str, model: str, value: int) -> No
             mapping.view(record.offset, record.nbytes)[:] = bytes([value]) * record.nbytes
         raw.post(wire.CommitRefit(id=0, refit=opened.refit, writes=[Write(r.name) for r in opened.targets]))
         step("commit sent")
+
+
+def declare_first(step: Step, socket: str, model: str, value: int) -> None:
+    """A trainer whose copies land while the store makes the version ready: it commits in two steps."""
+    with connect(socket) as store, Raw(socket) as raw:
+        raw.hello(instance="early")
+        opened = raw.ask(wire.OpenRefit(id=0, model=model, tag="latest", components=["t"]))
+        writes = [Write(record.name) for record in opened.targets]
+        raw.ask(wire.DeclareWrites(id=0, refit=opened.refit, writes=writes))
+        mapping = store.link.open_writer(raw.fds.pop())
+        for record in opened.targets:
+            mapping.view(record.offset, record.nbytes)[:] = bytes([value]) * record.nbytes
+        step("declared")
+        raw.ask(wire.CommitRefit(id=0, refit=opened.refit))
+        step("committed")
 
 
 def train_rank(step: Step, socket: str, model: str, value: int, rank: int, size: int) -> int:

@@ -131,6 +131,8 @@ def test_a_sleeping_engine_through_three_refits(killed: bool) -> None:
             used.append(store.status().arena.used)
         assert max(used) <= frozen + 2 * trained
         assert used[1::2] == [frozen + trained] * 3
+        # What was ever taken stays committed, so this is the most there was at any moment.
+        assert store.status().arena.committed <= frozen + 2 * trained + 8 * MIB
         with pytest.raises(EngineAsleep):
             modules["te"](torch.ones(1, 2048))
         if killed:

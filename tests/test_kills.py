@@ -1,11 +1,13 @@
 """SIGKILL at every step of the protocol: what was committed stays bit for bit, nothing leaks, others go on.
 
     victim    killed at
-    trainer   connected, refit open, reserved, first tensor written, all written, commit sent, committed,
-              view in use, in-place refit open, half written in place, own part of a shared refit, voted
+    trainer   connected, refit open, reserved, first tensor written, all written, declared, commit sent,
+              committed, view in use, in-place refit open, half written in place, own part of a shared
+              refit written, voted
     engine    attached, asleep, an offer unanswered (running or stopped), mid-wake, mid-refit, awake again
-    store     idle, refit open, tensors half written, at and right after a commit, half written in place,
-              growing, lease held, engine asleep, engine awake with an offer, WaitFor pending, verify running
+    store     idle, refit open, tensors half written, declared, at and right after a commit, half written
+              in place, growing, lease held, engine asleep, engine awake with an offer, WaitFor pending,
+              verify running
 
 Real processes throughout; a child says at which step it is and waits to be told to go on, or is killed.
 """
@@ -142,6 +144,34 @@ def test_a_trainer_killed_before_it_reads_that_it_committed_has_committed(trial:
     trial.settled()
     assert trial.store.tags(trial.model)["latest"] == 2
     assert values(contents(trial.store, trial.model)) == all_of(1, trained=2)
+    trial.goes_on()
+
+
+@pytest.mark.parametrize("last", ["declared", "committed"])
+def test_a_trainer_killed_between_the_two_steps_of_a_commit_has_not_committed(
+    trial: Trial, last: str
+) -> None:
+    """And the records written ahead of the commit take no room for ever."""
+
+    def records() -> int | None:
+        status = trial.store.status()
+        summed = all(v.checksummed for model in status.models for v in model.versions)
+        return status.arena.meta_used if summed else None
+
+    before = eventually(records, "every version is checksummed")
+    with Child(actors.declare_first, trial.service.socket, trial.model, 2) as child:
+        child.reaches("declared")
+        trial.nothing_changed()
+        if last == "committed":
+            child.go()
+            child.reaches("committed")
+        child.kill()
+    trial.settled()
+    if last == "declared":
+        trial.nothing_changed()
+        eventually(lambda: records() == before, "the records of the version that never was are gone")
+    else:
+        assert values(contents(trial.store, trial.model)) == all_of(1, trained=2)
     trial.goes_on()
 
 
@@ -451,6 +481,18 @@ def test_a_store_killed_at_a_commit_has_made_it_or_not(mortal: Service) -> None:
     assert 1 in outcomes
 
 
+def test_a_store_killed_between_the_two_steps_of_a_commit_has_not_committed(mortal: Service) -> None:
+    with mortal.connect() as store:
+        before = everything(store)
+        with Child(actors.declare_first, mortal.socket, "m", 6) as child:
+            child.reaches("declared")
+            killed(mortal)
+            child.kill()
+        assert everything(store) == before
+        eventually(lambda: not store.status().arena.quarantined, "the refit's space is free again")
+    same_after(mortal, before)
+
+
 def test_a_store_killed_while_it_grows_starts_again(mortal: Service) -> None:
     with mortal.connect() as store:
         before = everything(store)
@@ -485,6 +527,31 @@ def test_a_store_killed_half_way_in_place_knows_that_the_tag_is_torn(mortal: Ser
         assert values(contents(store, "m")) == all_of(2, trained=5)
         del before["m", "latest"]
         assert {key: everything(store)[key] for key in before} == before
+
+
+@pytest.mark.parametrize("killed_store", [False, True], ids=["store alive", "store killed"])
+def test_bytes_that_a_lost_in_place_refit_may_write_to_are_given_to_nobody(
+    tmp_path: Path, killed_store: bool
+) -> None:
+    """The version is replaced by a whole one while the trainer that was overwriting it still lives."""
+    with Service(tmp_path, window="1MiB", grace=0.0) as service, service.connect() as store:
+        publish(store, "m", MODEL, 1)
+        with Child(actors.train_in_place_unheard, service.socket, "m", 4) as child:
+            child.reaches("half written")
+            if killed_store:
+                killed(service)
+                eventually(lambda: not store.status().grace_until, "the grace period is over")
+            else:
+                child.go()
+                child.reaches("hung up")
+                eventually(lambda: not store.status().refits, "its refit is aborted")
+            publish(store, "m", TRAINED, 5, components=["t"])
+            arena = store.status().arena
+            assert arena.quarantined >= sum(rows * columns * 4 for rows, columns in TRAINED.values())
+            assert values(contents(store, "m")) == all_of(1, trained=5)
+            child.kill()
+        eventually(lambda: not store.status().arena.quarantined, "the writer is gone")
+        require_balanced(store)
 
 
 def test_a_held_lease_is_renewed_and_keeps_its_version(mortal: Service) -> None:

@@ -47,12 +47,15 @@ class Blob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SavedVersion(msgspec.Struct, frozen=True, array_like=True):
+    """`writers` were, or might have been, overwriting it in place when the root was saved."""
+
     number: int
     parent: int
     created: float
     torn: list[str]
     records: Blob
     checksums: Blob | None
+    writers: list[Writer] = []
 
 
 class SavedModel(msgspec.Struct, frozen=True, array_like=True):
@@ -103,8 +106,8 @@ class Persistence:
         if best is None:
             if any(self._buffer[o : o + _SLOT.size].tobytes().strip(b"\0") for o in ROOT_OFFSETS):
                 raise ArenaUnusable(
-                    f"arena {self._arena.name!r} has no whole root record: its catalog is damaged. It is left "
-                    "as it is; remove it if its weights are not needed"
+                    f"arena {self._arena.name!r} has no whole root record: its catalog is damaged. It is "
+                    "left as it is; remove it if its weights are not needed"
                 )
             return None
         self._sequence, payload = best
@@ -162,8 +165,8 @@ class Persistence:
             (extent,) = self._blobs.reserve([nbytes])
         except NoSpace:
             raise ArenaFull(
-                f"the catalog area cannot hold {nbytes} more bytes: {self._blobs.free_bytes} of {BLOBS_BYTES} "
-                "are free. Remove versions that are not needed",
+                f"the catalog area cannot hold {nbytes} more bytes: {self._blobs.free_bytes} of "
+                f"{BLOBS_BYTES} are free. Remove versions that are not needed",
                 requested=nbytes,
                 free=self._blobs.free_bytes,
                 capacity=BLOBS_BYTES,
@@ -180,8 +183,8 @@ class Persistence:
         data = self._buffer[blob.offset : blob.offset + blob.nbytes].tobytes()
         if xxhash.xxh3_64_intdigest(data) != blob.checksum:
             raise ArenaUnusable(
-                f"arena {self._arena.name!r}: records at {blob.offset} ({blob.nbytes} bytes) are damaged; it is "
-                "left as it is"
+                f"arena {self._arena.name!r}: records at {blob.offset} ({blob.nbytes} bytes) are damaged; it "
+                "is left as it is"
             )
         return data
 

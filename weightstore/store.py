@@ -9,7 +9,7 @@ The store decides where bytes go and never touches them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, TypeVar
 
 import msgspec
@@ -92,6 +92,7 @@ class Store:
             records={r.name: r for r in records},
             encoded=encoded,
             torn=frozenset(saved.torn),
+            writers=set(saved.writers),
         )
         self._records[version] = saved.records
         if saved.checksums is not None:
@@ -119,16 +120,22 @@ class Store:
         for number in self._drafts.keys() - open_refits:
             garbage.append(self._drafts.pop(number)[1])
         garbage += self._save_debts()
+        overwriting = {
+            refit.base: refit.writing() for refit in self.catalog.open_refits() if refit.declared.in_place
+        }
         models = [
-            SavedModel(m.name, m.next_number, m.tags, [self._saved(v) for v in m.versions.values()])
+            SavedModel(
+                m.name, m.next_number, m.tags, [self._saved(v, overwriting) for v in m.versions.values()]
+            )
             for m in self.catalog.models
         ]
         self._persistence.save(Root(models, self._debts[1]))
         self._persistence.free_blobs(garbage)
 
-    def _saved(self, v: Version) -> SavedVersion:
+    def _saved(self, v: Version, overwriting: Mapping[Version | None, set[Writer]]) -> SavedVersion:
+        writers = sorted(v.writers | overwriting.get(v, set()), key=repr)
         return SavedVersion(
-            v.number, v.parent, v.created, sorted(v.torn), self._records[v], self._checksums.get(v)
+            v.number, v.parent, v.created, sorted(v.torn), self._records[v], self._checksums.get(v), writers
         )
 
     def _save_debts(self) -> list[Blob | None]:
