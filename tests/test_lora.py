@@ -119,23 +119,31 @@ def test_an_in_place_refit_merges_too(store: Store, model: str, given: Trained) 
     assert all(torch.equal(got[PREFIX + n], w) for n, w in given.merged.state_dict().items())
 
 
-def test_ranks_of_a_shared_refit_merge_a_share_each(store: Store, model: str, given: Trained) -> None:
+@pytest.mark.parametrize("sent", [False, True])
+def test_ranks_of_a_shared_refit_write_a_share_each(
+    store: Store, model: str, given: Trained, sent: bool
+) -> None:
     publish_ref(store, model, given.base)
-    shared: dict[str, Any] = {"base": "ref", "partial": True, "key": "step", "world_size": 2}
+    shared: dict[str, Any] = {"base": "ref", "partial": True, "extend": sent, "key": "step", "world_size": 2}
     with (
         weightstore.connect(store.socket) as other,
         store.refit(model, tag="policy", rank=0, **shared) as first,
         other.refit(model, tag="policy", rank=1, **shared) as second,
     ):
         for refit in (first, second):
-            refit.put_lora(given.state_dict, config=given.config, prefix=PREFIX)
+            put = refit.put_adapter if sent else refit.put_lora
+            names = put(given.state_dict, config=given.config, prefix=PREFIX)
+            assert set(names) == adapted_names(given)
         voting = threading.Thread(target=second.commit)
         voting.start()
         first.commit()
         voting.join()
     assert abs(first.report.tensors - second.report.tensors) <= 1
-    got = weights(store, model)
-    assert all(torch.equal(got[PREFIX + n], w) for n, w in given.merged.state_dict().items())
+    assert first.report.tensors + second.report.tensors == len(names) * (3 if sent else 1)
+    modules = engine()
+    with EngineHook.attach(store, model, modules, tag="policy") as hook:
+        assert hook.attached.merged == (len(names) if sent else 0)
+        assert same(modules["transformer"], given.merged)
 
 
 def test_float16_that_overflows_is_refused(store: Store, model: str) -> None:
