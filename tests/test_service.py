@@ -6,9 +6,11 @@ The clients here are raw sockets; the product's own would be too polite.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import resource
+import select
 import signal
 import socket
 import stat
@@ -379,6 +381,29 @@ def test_one_connection_holds_only_so_many_leases_and_refits(service: Service) -
         ]
         failed = [reply for reply in outcomes if isinstance(reply, wire.Failed)]
         assert 0 < len(failed) < 100 and failed[0].error == "UsageError" and "refits" in failed[0].message
+
+
+def test_when_a_writer_hears_of_its_commit_every_reader_has_the_offer(service: Service) -> None:
+    """In its socket, that is: a store killed right after the answer leaves no sleeping engine behind."""
+    with service.connect() as store, contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(service.raw()) for _ in range(20)]
+        for reader in readers:
+            granted = reader.ask(wire.OpenLease(id=0, model="m", tag="latest", follow=True))
+            reader.ask(wire.ParkLease(id=0, lease=granted.lease, parked=True))
+        writer = stack.enter_context(service.raw())
+        for _ in range(5):
+            opened = writer.ask(wire.OpenRefit(id=0, model="m", tag="latest"))
+            mapping = store.link.open_writer(writer.fds.pop())
+            for target in opened.targets:
+                mapping.view(target.offset, target.nbytes)[:] = b"\x07" * target.nbytes
+            names = [Write(target.name) for target in opened.targets]
+            committed = writer.ask(wire.CommitRefit(id=0, refit=opened.refit, writes=names))
+            readable, _, _ = select.select([reader.sock for reader in readers], [], [], 0)
+            assert len(readable) == len(readers)
+            for reader in readers:
+                offer = reader.read()
+                assert isinstance(offer, wire.Offer) and offer.version == committed.version
+                reader.ask(wire.TakeOffer(id=0, lease=offer.lease, version=offer.version))
 
 
 # -- the log ---------------------------------------------------------------------------------------

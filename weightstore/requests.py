@@ -203,8 +203,9 @@ class Requests:
         try:
             self._store.commit(request.refit, peer, request.writes, self._clock())
         finally:
-            # On the loop's next turn: the writer's answer goes out before a thousand readers' offers.
-            asyncio.get_running_loop().call_soon(self._changes.announce)
+            # Before the answer: once the writer knows of its commit, every reader's socket holds the offer,
+            # so that a sleeping engine wakes on the newest version even if this process dies the next moment.
+            self._changes.announce()
         await self._changes.until(lambda: refit.state is not RefitState.OPEN, None)
         if refit.state is RefitState.ABORTED:
             raise RefitAborted(f"{refit.describe()} was aborted: {refit.reason}", refit=refit.number)
