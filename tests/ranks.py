@@ -73,13 +73,14 @@ class Zygote:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._numbers = count()
+        path = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("rank_process.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=Path(__file__).parent.parent,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
         )
         assert self._process.stdout is not None and self._process.stdout.readline() == "ready\n"
 
