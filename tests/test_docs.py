@@ -145,3 +145,25 @@ def test_a_page_that_says_something_else_is_noticed(tmp_path: Path) -> None:
     page.write_text("```python\nprint(1 + 1)\n```\n\n```text\n3\n```\n")
     with pytest.raises(AssertionError, match=r"page\.md:6"):
         run(page, {}, tmp_path, json_as="map.json")
+
+
+def test_refits(store: ws.Store, tmp_path: Path) -> None:
+    with store.refit("flux", tag="policy") as refit:
+        refit.put("transformer.proj.weight", torch.zeros(2, 2).bfloat16())
+        refit.put("transformer.norm.weight", torch.zeros(2))
+        refit.put("transformer.scale", torch.zeros(2).half())
+    namespace: dict[str, Any] = {"store": store, "weightstore": ws}
+    assert run(DOCS / "refits.md", namespace, tmp_path, json_as="") == 9
+    shared = {"rank": 0, "world_size": 1}
+    refitted = store.refit
+
+    def as_one_rank(*arguments: Any, **options: Any) -> Any:
+        return refitted(*arguments, **options, **shared)
+
+    module = torch.nn.ParameterDict({name: torch.ones(2, 2) for name in ("a", "b")})
+    store.refit = as_one_rank  # type: ignore[method-assign]
+    namespace["transformer"] = module
+    with store.refit("flux", tag="policy", fresh=True) as refit:
+        refit.put_module(module, prefix="transformer.")
+    namespace["after_a_step"](7)
+    assert store.tags("flux")["policy"] == 6
