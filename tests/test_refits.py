@@ -15,7 +15,7 @@ from service_process import ServiceProcess
 import weightstore.copies
 from weightstore import wire
 from weightstore.client import Store
-from weightstore.errors import StoreGone, StoreTimeout
+from weightstore.errors import ArenaUnusable, StoreGone, StoreTimeout
 
 
 @pytest.fixture
@@ -144,3 +144,15 @@ def test_the_space_of_a_refit_that_died_with_the_store_comes_back(tmp_path: Path
         assert (arena.pending, arena.quarantined) == (0, 0)
         with store.lease("m") as snapshot:
             assert (snapshot.version, snapshot["t.w"].sum().item()) == (1, 1000)
+
+
+def test_a_refit_that_cannot_be_mapped_does_not_stay_open(fake: FakeStore, store: Store) -> None:
+    elsewhere = FakeArena()
+    fake.answers[wire.OpenRefit] = lambda r: (
+        wire.RefitOpened(id=r.id, refit=5, base=0, base_records=wire.encode_records([]), targets=[]),
+        [elsewhere.writer()],
+    )
+    with pytest.raises(ArenaUnusable):
+        store.refit("m")
+    assert [request.refit for request in fake.wait(wire.AbortRefit)] == [5]
+    elsewhere.close()

@@ -8,10 +8,14 @@ runs and the driver has released its device mappings.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import struct
+from collections.abc import Callable
 from typing import Final
+
+from weightstore.catalog import Writer
 
 SO_PEERPIDFD: Final = 77  # not in Python's socket module
 _CREDENTIALS: Final = struct.Struct("iII")
@@ -56,3 +60,45 @@ def start_ticks(pid: int) -> int:
     except OSError:
         return 0
     return int(fields[19])
+
+
+def reopen_pidfd(writer: Writer) -> int | None:
+    """A pidfd of the process that an earlier store knew as `writer`; None if that is gone or invisible."""
+    pidfd = open_pidfd(writer.pid)
+    if pidfd is not None and start_ticks(writer.pid) != writer.started:
+        os.close(pidfd)  # a later process with the same number
+        return None
+    return pidfd
+
+
+class Exits:
+    """Tells the event loop's owner when writers' processes have ended. Owns their pidfds."""
+
+    def __init__(self, gone: Callable[[Writer], None]) -> None:
+        self._gone = gone
+        self._loop = asyncio.get_running_loop()
+        self._pidfds: dict[Writer, int] = {}
+
+    def watch(self, writer: Writer, pidfd: int) -> None:
+        self._forget(writer)
+        self._pidfds[writer] = pidfd
+        self._loop.add_reader(pidfd, self._exited, writer)
+
+    def keep_only(self, writers: Callable[[], set[Writer]]) -> None:
+        """Watch nobody who is not among `writers()`, which is asked only if somebody is watched."""
+        if self._pidfds:
+            for writer in self._pidfds.keys() - writers():
+                self._forget(writer)
+
+    def close(self) -> None:
+        self.keep_only(set)
+
+    def _exited(self, writer: Writer) -> None:
+        self._forget(writer)
+        self._gone(writer)
+
+    def _forget(self, writer: Writer) -> None:
+        pidfd = self._pidfds.pop(writer, None)
+        if pidfd is not None:
+            self._loop.remove_reader(pidfd)
+            os.close(pidfd)

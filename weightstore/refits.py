@@ -50,8 +50,12 @@ class Refits:
             wire.RefitOpened,
             undo=lambda late: connection.post(wire.AbortRefit(id=0, refit=late.refit), wire.Done),
         )
-        mapping = self._link.open_writer(fd)
-        refit = Refit(connection, request, opened, mapping, started, self._forget, names, cast, lease)
+        try:
+            mapping = self._link.open_writer(fd)
+            refit = Refit(connection, request, opened, mapping, started, self._forget, names, cast, lease)
+        except BaseException:  # nobody will ever hold it: it must not keep the tag from others
+            connection.post(wire.AbortRefit(id=0, refit=opened.refit), wire.Done)
+            raise
         with self._lock:
             self._open.add(refit)
         return refit

@@ -47,7 +47,7 @@ from weightstore.errors import (
 )
 from weightstore.layout import MIB
 from weightstore.listener import listening
-from weightstore.peers import open_pidfd, peer_credentials, peer_pidfd, start_ticks
+from weightstore.peers import Exits, peer_credentials, peer_pidfd, reopen_pidfd, start_ticks
 from weightstore.requests import Requests
 from weightstore.session import Budget, Session
 from weightstore.store import Store
@@ -158,7 +158,7 @@ class Service:
         self._last_peer = 0
         self._unfinished = Budget(UNFINISHED_BYTES, "unfinished requests")
         self._unsent = Budget(UNSENT_BYTES, "replies that nobody reads")
-        self._watched: dict[Writer, int] = {}
+        self._exits = Exits(self._on_exit)
         self._deadline: asyncio.TimerHandle | None = None
         self._said: Counter[str] = Counter()
         self._changes = Changes(self._react)
@@ -173,7 +173,7 @@ class Service:
         if self._config.until_eof is not None:
             self._loop.add_reader(self._config.until_eof, self._on_lifeline, self._config.until_eof)
         for writer in self._catalog.holdouts():
-            self._watch(writer, self._reopen_pidfd(writer))
+            self._watch(writer, reopen_pidfd(writer))
         accepting = asyncio.create_task(self._accept(listener))
         summing = asyncio.create_task(self._checksummer.run())
         for task in (accepting, summing):
@@ -192,8 +192,7 @@ class Service:
             if self._deadline is not None:
                 self._deadline.cancel()
             self._requests.close()
-            for pidfd in self._watched.values():
-                os.close(pidfd)
+            self._exits.close()
 
     def _on_lifeline(self, fd: int) -> None:
         if not os.read(fd, 4096):
@@ -284,37 +283,18 @@ class Service:
             self._watch(peer.writer, session.take_pidfd())
         self._changes.announce()
 
-    # -- writers that may still be writing -----------------------------------------------------------
-
-    def _reopen_pidfd(self, writer: Writer) -> int | None:
-        pidfd = open_pidfd(writer.pid)
-        if pidfd is not None and start_ticks(writer.pid) != writer.started:
-            os.close(pidfd)  # a later process with the same number
-            return None
-        return pidfd
-
     def _watch(self, writer: Writer, pidfd: int | None) -> None:
-        """Settle the writer's debts when its process is gone."""
-        if pidfd is None:
-            if writer.pid > 0:
-                self._store.settle(writer)
-            else:
-                self._seldom(
-                    "a writer of another pid namespace went: its space is out of use until it says Drained"
-                )
-            return
-        if writer in self._watched:
-            self._unwatch(writer)
-        self._watched[writer] = pidfd
-        self._loop.add_reader(pidfd, self._on_exit, writer)
-
-    def _unwatch(self, writer: Writer) -> None:
-        pidfd = self._watched.pop(writer)
-        self._loop.remove_reader(pidfd)
-        os.close(pidfd)
+        """Settle what a writer that hung up may still be writing to, when its process is gone."""
+        if pidfd is not None:
+            self._exits.watch(writer, pidfd)
+        elif writer.pid > 0:
+            self._store.settle(writer)
+        else:
+            self._seldom(
+                "a writer of another pid namespace went: its space is out of use until it says Drained"
+            )
 
     def _on_exit(self, writer: Writer) -> None:
-        self._unwatch(writer)
         self._store.settle(writer)
         self._changes.announce()
 
@@ -412,8 +392,7 @@ class Service:
             )
             self._sessions[lease.peer.number].send(offer)
         self._checksummer.wake()
-        for writer in self._watched.keys() - self._catalog.holdouts() if self._watched else ():
-            self._unwatch(writer)
+        self._exits.keep_only(self._catalog.holdouts)
         if self._deadline is not None:
             self._deadline.cancel()
         due = [r.deadline for r in self._catalog.open_refits() if r.declared.world_size > 1]
