@@ -7,6 +7,7 @@ import json
 import click
 import msgspec
 
+from weightstore.casts import check_mode
 from weightstore.cli.options import MODEL, TAG, connect, map_option, read_map, socket_option
 from weightstore.types import DEFAULT_TAG, TensorRecord
 
@@ -21,6 +22,13 @@ PLAIN_WIDTH = 160
 @click.option("--components", metavar="A,B,…", help="Components that would be declared.  [default: all]")
 @click.option("--partial", is_flag=True, help="Any subset of the tensors may be written.")
 @click.option("--extend", is_flag=True, help="Tensors that the base lacks may be written too.")
+@click.option(
+    "--cast",
+    type=click.Choice(["safe", "any", "never"]),
+    default="safe",
+    show_default=True,
+    help="As a refit's.",
+)
 @click.option("--fresh", is_flag=True, help="Start from nothing, as `load` does; asks no store.")
 @click.option("--prefix", default="", help="Put before every name of the checkpoint.")
 @click.option("--variant", help="Which variant of a directory's files to read, e.g. fp16.")
@@ -36,6 +44,7 @@ def plan_command(
     components: str | None,
     partial: bool,
     extend: bool,
+    cast: str,
     fresh: bool,
     prefix: str,
     variant: str | None,
@@ -56,9 +65,8 @@ def plan_command(
     with Contents(path, prefix, variant) as contents:
         given = [Given(spec.name, spec.dtype, spec.shape) for spec in contents.specs]
     on, records = ("", {}) if fresh else _base(socket, model, tag)
-    stored = Stored(
-        f"refit of {model!r} tag {tag!r}{on}", records, declared, bool(on) and not extend, partial
-    )
+    what = f"refit of {model!r} tag {tag!r}{on}"
+    stored = Stored(what, records, declared, bool(on) and not extend, partial, check_mode(cast))
     planned = plan(names, given, stored)
     if as_json:
         click.echo(msgspec.json.format(json.dumps(planned.to_builtins()), indent=2))

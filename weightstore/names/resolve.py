@@ -77,7 +77,8 @@ def _row(
 
 
 def _judge(target: str, dtype: str, shape: tuple[int, ...], stored: Stored) -> tuple[Kind | None, str]:
-    """What keeps a tensor of this dtype and shape from being `target`: a kind and a note. None: nothing."""
+    """What keeps a tensor of this dtype and shape from being `target`: a kind and a note. None: nothing, and
+    the note says what becomes of its dtype."""
     if not stored.in_scope(target):
         return Kind.UNDECLARED, "its component is not declared"
     record = stored.records.get(target)
@@ -92,7 +93,11 @@ def _judge(target: str, dtype: str, shape: tuple[int, ...], stored: Stored) -> t
         return Kind.MISMATCHED, f"{list(shape)}, stored {list(record.shape)}"
     elif why := refusal(dtype, record.dtype, stored.cast):
         return Kind.MISMATCHED, _dtypes(dtype, record.dtype, why, stored)
-    return None, ""
+    return None, "" if record is None else _cast(dtype, record.dtype)
+
+
+def _cast(given: str, stored: str) -> str:
+    return "" if given == stored else f"{given} cast to {stored}"
 
 
 def _dtypes(given: str, dtype: str, why: str, stored: Stored) -> str:
@@ -153,7 +158,8 @@ def _fuse(members: Sequence[Member], stored: Stored) -> list[Row]:
             rows.append(_row(Kind.MISMATCHED, tensor, target, member.route, note=note))
         else:
             box = _along(whole, dim, starts[piece], starts[piece + 1])
-            rows.append(_row(Kind.FUSED, tensor, target, member.route, None, box, whole))
+            note = _cast(tensor.dtype, dtype)
+            rows.append(_row(Kind.FUSED, tensor, target, member.route, None, box, whole, note))
     return rows
 
 

@@ -75,7 +75,7 @@ class Row(msgspec.Struct, frozen=True, omit_defaults=True):
         part: which elements of the source go to `target`; None for all.
         box: which elements of `target` they become; None for all.
         whole: shape of `target`, where `box` is given.
-        note: what is wrong, or which rule dropped it.
+        note: what is wrong, which rule dropped it, or to which dtype it is cast.
         hint: a name that was perhaps meant.
         rules: numbers of the rules that matched.
     """
