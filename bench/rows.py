@@ -114,14 +114,14 @@ def alternate(
     """Samples of each way: `rounds` of them, after `warm` that do not count.
 
     Every second round goes backwards, so that no way always follows the same other one. `before` is called
-    ahead of every round that counts.
+    ahead of every sample that counts.
     """
     order = list(ways)
     samples: dict[str, list[float]] = {name: [] for name in order}
     for number in range(warm + rounds):
-        if before is not None and number >= warm:
-            before()
         for name in order if number % 2 else reversed(order):
+            if before is not None and number >= warm:
+                before()
             seconds = ways[name]()
             if number >= warm:
                 samples[name].append(seconds)

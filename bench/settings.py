@@ -34,10 +34,10 @@ class Settings:
     limit: int = 3 * GIB // 2
     rounds: int = 11
     trips: int = 3000
-    leases: int = 40
-    commits: int = 25
-    starts: int = 15
-    moves: int = 15
+    leases: int = 20
+    commits: int = 20
+    starts: int = 10
+    moves: int = 10
     commit_tensors: int = 5000
     engines: int = 64
     window: int = 256 * MIB

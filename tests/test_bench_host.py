@@ -131,13 +131,16 @@ def test_a_ratio_is_the_median_over_rounds() -> None:
 
 def test_ways_take_turns_and_the_order_changes() -> None:
     calls: list[str] = []
+    pauses: list[int] = []
 
     def way(name: str, seconds: float) -> float:
         calls.append(name)
         return seconds + len(calls)
 
-    samples = alternate({"a": lambda: way("a", 0), "b": lambda: way("b", 100)}, rounds=2, warm=1)
+    ways = {"a": lambda: way("a", 0), "b": lambda: way("b", 100)}
+    samples = alternate(ways, rounds=2, warm=1, before=lambda: pauses.append(len(calls)))
     assert calls == ["b", "a", "a", "b", "b", "a"]
+    assert pauses == [2, 3, 4, 5]  # ahead of each sample that counts
     assert samples == {"a": [3, 6], "b": [104, 105]}
     assert fastest(samples, ["a", "b"]) == "a"
 
