@@ -289,7 +289,7 @@ def test_ranks_must_agree_and_come_once():
     c.open_refit(opened(**SHARED), ALICE, 0.0)
     with pytest.raises(RefitConflict, match="differently"):
         c.open_refit(opened(**SHARED, rank=1, partial=True), BOB, 0.0)
-    with pytest.raises(RefitConflict, match="rank 0 .* already taken"):
+    with pytest.raises(RefitConflict, match=r"rank 0 .* already taken"):
         c.open_refit(opened(**SHARED), BOB, 0.0)
     with pytest.raises(RefitConflict, match="already rank 0"):
         c.open_refit(opened(**SHARED, rank=1), ALICE, 0.0)

@@ -24,9 +24,9 @@ class Changes:
         self._waiting.clear()
 
     async def until(self, condition: Callable[[], T | None], timeout: float | None) -> T | None:
-        """The first true value of `condition`, looked at after every change; None after `timeout` seconds."""
-        # Not asyncio.wait_for: before Python 3.12 it forgets a cancellation that comes together with a change,
-        # and whoever cancelled then waits for ever.
+        """The first true value of `condition`, looked at after every change; None after `timeout` s."""
+        # Not asyncio.wait_for: before Python 3.12 it forgets a cancellation that comes together with a
+        # change, and whoever cancelled then waits for ever.
         loop = asyncio.get_running_loop()
         end = None if timeout is None else loop.time() + timeout
         while True:
