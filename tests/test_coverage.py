@@ -108,7 +108,7 @@ def test_a_mesh_of_very_many_parts_is_checked_and_a_chaos_of_them_refused():
     assert problems([*columns, columns[9]], target) == {"overlapping": ["t"]}
     assert problems(columns[1:], target) == {"holes": ["t"]}
     wide = {"t": record("t", (n, 2 * n))}
-    stairs = [Write("t", Box((i, i), (i + 2, i + 2))) for i in range(0, n - 2)]
+    stairs = [Write("t", Box((i, i), (i + 2, i + 2))) for i in range(n - 2)]
     assert problems(stairs, wide) == {"irregular": ["t"]}
 
 
