@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -99,7 +101,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         assert [e.nbytes for e in extents] == sizes
         if any(b.nbytes >= total for b in before):
             filled = [e for e in extents if e.nbytes]
-            assert all(align_up(a.end) == b.offset for a, b in zip(filled, filled[1:], strict=False))
+            assert all(align_up(a.end) == b.offset for a, b in pairwise(filled))
         for extent in extents:
             units = set(range(extent.offset, extent.offset + align_up(extent.nbytes), ALIGN))
             assert not units & self.used
@@ -119,7 +121,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         blocks = self.allocator.free_blocks()
         free = {u for b in blocks for u in range(b.offset, b.end, ALIGN)}
         assert free == everything - self.used
-        assert all(a.end < b.offset for a, b in zip(blocks, blocks[1:], strict=False))
+        assert all(a.end < b.offset for a, b in pairwise(blocks))
         assert self.allocator.free_bytes + self.allocator.used_bytes == self.allocator.size
         assert self.allocator.largest_free == max((b.nbytes for b in blocks), default=0)
 

@@ -172,8 +172,11 @@ def test_killed_at_any_byte_of(step: str, name: str):
     with_all.arena.close()
     seen = set()
     # Every byte of small writes, and of large ones the ends and some in between.
-    points = range(total) if total < 400 else [*range(60), *range(60, total - 200, 97), *range(total - 200, total)]
-    for point in list(points)[:: max(1, len(points) // 30)] + [total - 1, total]:
+    points = (
+        range(total) if total < 400 else [*range(60), *range(60, total - 200, 97), *range(total - 200, total)]
+    )
+    chosen = [*list(points)[:: max(1, len(points) // 30)], total - 1, total]
+    for point in chosen:
         store = open_store(name)
         run_to(store, step)
         dying = DyingBuffer(store.arena.buffer)
@@ -229,7 +232,7 @@ def test_retired_versions_outlive_a_kill_until_the_grace_period_ends(name: str):
     store.arena.close()
     survivor = open_store(name, grace=30.0)
     assert sorted(survivor.catalog.models.get("m").versions) == [1, 2]
-    lease, version = survivor.catalog.leases.renew(ALICE, "m", "latest", 1, False, False, False, 5.0)
+    lease, _ = survivor.catalog.leases.renew(ALICE, "m", "latest", 1, False, False, False, 5.0)
     assert survivor.expire(29.0) == [] and survivor.catalog.grace_until
     survivor.expire(30.0)
     assert sorted(survivor.catalog.models.get("m").versions) == [1, 2]

@@ -131,7 +131,9 @@ def assembled(state: State, rules: tuple[Rule, ...], prefix: str) -> State:
         live = left
     full: State = {}
     for name, tensor in [*done, *live]:
-        if prefix + name in full or not all(re.fullmatch(r"[!-~]+", part) for part in (prefix + name).split(".")):
+        if prefix + name in full or not all(
+            re.fullmatch(r"[!-~]+", part) for part in (prefix + name).split(".")
+        ):
             raise Impossible(name)
         full[prefix + name] = tensor
     if not full:

@@ -20,7 +20,6 @@ from weightstore.sources import Part, Source
 from weightstore.tensors import DTYPES, place_of, same_bits
 from weightstore.types import Box, TensorRecord, is_dense
 
-
 AT_ONCE = 128
 """CUDA tensors handed over together: their copies are one request to the driver."""
 

@@ -425,9 +425,9 @@ class Lease:
     def _torn_error(self) -> TagTorn:
         return TagTorn(
             f"tag {self.tag!r} of {self.model!r} is torn: an in-place refit overwrote version "
-            f"{self._version} and has not committed. Wait for its commit if it is running; otherwise write the "
-            "same components whole with a new refit of the tag (in_place=True needs no more room), or load the "
-            f"model again (`weightstore load {self.model} …`)",
+            f"{self._version} and has not committed. Wait for its commit if it is running; otherwise write "
+            "the same components whole with a new refit of the tag (in_place=True needs no more room), or "
+            f"load the model again (`weightstore load {self.model} …`)",
             model=self.model,
             tag=self.tag,
             version=self._version,
