@@ -206,7 +206,7 @@ class _Play:
         )
 
     def summarise(self, grids: list[Grid], pictures: list[Path]) -> None:
-        header = ("version", "steps", "refit", "freed by sleep", "slept", "copied by wake", "read")
+        header = ("v", "steps", "refit", "freed by sleep", "slept", "copied by wake", "read")
         console = self._timeline.console
         console.print()
         console.print(summary(self._rows, header))

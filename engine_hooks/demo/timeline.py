@@ -118,7 +118,8 @@ def duration(seconds: float) -> str:
 
 
 def summary(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> Table:
-    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    # Without lines between columns it fits a terminal of 80 characters.
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for title in header:
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
