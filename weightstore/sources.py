@@ -69,6 +69,7 @@ class Writers(NamedTuple):
     replicated: bool = False
 
 
+@torch.no_grad()
 def gather(
     items: Iterable[tuple[str, Any, Row | None]],
     writers: Writers | None = None,
@@ -91,6 +92,7 @@ def gather(
     seen: set[tuple[str, Row | None]] = set()
     ties: dict[tuple[object, ...], str] = {}
     lonely = []
+    shared = writers.replicated and writers.world_size > 1
     for name, value, row in items:
         if (name, row) in seen:
             raise CoverageError(
@@ -98,6 +100,10 @@ def gather(
             )
         seen.add((name, row))
         given = name if row is None or row.source is None else row.source
+        if not (shared or is_dtensor(value) or _is_cut(row)):
+            # Nearly all tensors of nearly all trainers: what follows would make this of them, more slowly.
+            call.sources.append(_whole_source(name, as_tensor(given, value), ties))
+            continue
         holding = _holding(given, value, writers)
         if writers.world_size == 1 and not _whole(holding):
             lonely.append(given)
@@ -111,6 +117,21 @@ def gather(
             sharded=lonely,
         )
     return call
+
+
+def _is_cut(row: Row | None) -> bool:
+    """Whether a part of what is given goes to `row`'s target, or it is a part of that."""
+    return row is not None and (row.part is not None or row.box is not None)
+
+
+def _whole_source(name: str, tensor: torch.Tensor, ties: dict[tuple[object, ...], str]) -> Source:
+    shape = tuple(tensor.shape)
+    first = name
+    if 0 not in shape:
+        # The tensors are alive until the copies are done, so equal addresses mean shared memory.
+        memory = (tensor.data_ptr(), tensor.dtype, shape, tensor.stride(), tensor.device)
+        first = ties.setdefault(memory, name)
+    return Source(name, NAMES[tensor.dtype], shape, tensor, None if first == name else first)
 
 
 def _holding(name: str, value: Any, writers: Writers) -> Holding:
@@ -135,7 +156,6 @@ def _tie(ties: dict[tuple[object, ...], str], name: str, row: Row | None, holdin
         return None  # only a part of what is stored under `name`: the rest may differ
     for box, tensor in holding.parts[:1]:
         if tensor.numel():
-            # The tensors are alive until the copies are done, so equal addresses mean shared memory.
             memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
             part = None if row is None else row.part
             first = ties.setdefault((*memory, holding.shape, box, part), name)
@@ -160,7 +180,7 @@ def _cut(
         if box is None:
             continue
         source, target = box, box
-        if row is not None and (row.part is not None or row.box is not None):
+        if row is not None and _is_cut(row):
             placed = row.place(box)
             if placed is None:
                 continue
@@ -178,7 +198,7 @@ def _cut(
 
 def _target_shape(row: Row | None, holding: Holding) -> tuple[int, ...]:
     """The shape of the stored tensor."""
-    if row is None or (row.part is None and row.box is None):
+    if row is None or not _is_cut(row):
         return holding.shape
     if row.box is not None and row.whole is not None:
         return row.whole
