@@ -36,6 +36,7 @@ from weightstore.errors import (
 )
 from weightstore.lora.stored import COMPONENT as ADAPTERS
 from weightstore.mapping import ArenaMapping
+from weightstore.names import AS_STORED
 from weightstore.types import ALIGN, check_name
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def lease_or_publish(
         except UnknownModel:
             publishable(modules)  # or says why not, before anything is opened
         try:
-            with store.refit(model, tag=tag) as refit:
+            with store.refit(model, tag=tag, names=AS_STORED) as refit:
                 if refit.base:
                     refit.abort("the model was published meanwhile")
                     continue

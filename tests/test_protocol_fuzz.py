@@ -28,6 +28,7 @@ from processes import Raw, Service, contents, eventually, publish
 
 from weightstore import wire
 from weightstore.errors import WeightstoreError
+from weightstore.names import NameMap
 from weightstore.types import ITEMSIZE, Box, TensorSpec, contiguous_stride
 
 INPUTS: Final = int(os.environ.get("WEIGHTSTORE_FUZZ_INPUTS", "4000"))
@@ -97,6 +98,9 @@ BY_NAME: Final[dict[str, st.SearchStrategy[Any]]] = {
     "base": mostly(None, bad=[0, 1, -1, 99, 1 << 60]),
     "refit": mostly(1, 2, bad=[0, 7, -1, 1 << 60]),
     "lease": mostly(1, 2, bad=[0, 7, -1, 1 << 60]),
+    "names": mostly(
+        None, '{"prefix":"t."}', "{}", '{"no map": [1e99]}', bad=["", "[]", "{", "[" * 5000, "\0"]
+    ),
     "extend": mostly(True, bad=[False]),
     "fresh": mostly(False, bad=[True]),
     "in_place": mostly(False, bad=[True]),
@@ -291,7 +295,8 @@ class Fuzzed:
     def play(self, script: list[tuple[str, Any]]) -> None:
         with self.service.connect() as store:
             if "a" not in store.models():
-                publish(store, "a", {"t.w": (4,), "t.b": 3, "vae.w": (2, 2)}, 1)
+                names = NameMap(strip=False)  # another client may have published one of its own for it
+                publish(store, "a", {"t.w": (4,), "t.b": 3, "vae.w": (2, 2)}, 1, names=names)
         clients: dict[str, Client] = {}
         for who, what in script:
             client = clients.get(who) or Client(self.service.socket, who, self.replies)
@@ -371,7 +376,16 @@ def test_no_input_hurts_the_store(fuzzed: Fuzzed, script: list[tuple[str, Any]])
 
 def test_the_fuzz_reaches_behind_the_decoder(fuzzed: Fuzzed) -> None:
     """It would prove little if every input were refused at the door."""
-    accepted = {"Done", "Status", "RefitOpened", "Reserved", "Committed", "LeaseGranted", "Verified"}
+    accepted = {
+        "Done",
+        "Status",
+        "NamesAre",
+        "RefitOpened",
+        "Reserved",
+        "Committed",
+        "LeaseGranted",
+        "Verified",
+    }
     refused = {"ProtocolError", "InvalidName", "UsageError", "RefitClosed", "LeaseLost", "UnknownModel"}
     missing = (accepted | refused) - fuzzed.replies.keys()
     assert not missing, (missing, fuzzed.replies)

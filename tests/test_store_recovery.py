@@ -117,6 +117,8 @@ def visible(store: Store) -> dict[str, Any]:
     """What a reader could get: each tag's version, with the bytes of its tensors."""
     seen: dict[str, Any] = {}
     for model in store.catalog.models:
+        if model.names is not None:
+            seen[f"{model.name} names"] = model.names
         for tag, number in model.tags.items():
             version = model.versions[number]
             content = {}
@@ -139,6 +141,10 @@ STEPS: dict[str, Callable[[Store], None]] = {
     "open and abort": lambda s: s.abort_refit(begin(s), ALICE, ""),
     "open and vanish": lambda s: (begin(s), s.drop_peer(ALICE), None)[-1],
     "settle": lambda s: s.settle(ALICE.writer),
+    "names": lambda s: s.publish_names("m", '{"prefix":"t."}'),
+    "other names": lambda s: s.publish_names("m", '{"prefix":"vae."}'),
+    "names ahead": lambda s: s.publish_names("later", "{}"),
+    "names taken back": lambda s: s.publish_names("later", None),
     "tag moves back": lambda s: s.set_tag("m", "policy", 3),
     "tag goes": lambda s: s.remove_tag("m", "policy"),
     "checksums": lambda s: (

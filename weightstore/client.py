@@ -133,7 +133,10 @@ class Store:
             key: writers that give the same key share one refit, which commits when all have.
             rank, world_size: of a shared refit; None for those of torch.distributed.
             timeout: seconds the ranks of a shared refit have, from its beginning to the last commit.
-            names: how names of tensors that are put become stored names (`weightstore.NameMap`).
+            names: how names of tensors that are put become stored names (`weightstore.NameMap`). None for
+                the map published with the model (see `publish_names`), whose rules then need not match, or
+                no map if there is none. ``NameMap()`` only strips wrappers, ``NameMap(strip=False)`` takes
+                names as they are.
             cast: what becomes of tensors of another dtype than stored. ``"safe"``: cast on their device,
                 bit for bit as ``tensor.to(dtype)``, unless floats would become integers (or the like) or a
                 value would overflow; ``"any"``: cast whatever it is; ``"never"``: refused.
@@ -187,15 +190,16 @@ class Store:
         return self.link.connect().request(wire.GetStatus(id=0), wire.Status)
 
     def models(self) -> list[str]:
-        return [model.name for model in self.status().models]
+        """Those that have a version."""
+        return [model.name for model in self.status().models if model.versions]
 
     def tags(self, model: str) -> dict[str, int]:
         """The version each tag of `model` names. Raises UnknownModel."""
         models = self.status().models
         for found in models:
-            if found.name == model:
+            if found.name == model and found.versions:
                 return dict(found.tags)
-        known = ", ".join(found.name for found in models) or "none"
+        known = ", ".join(found.name for found in models if found.versions) or "none"
         raise UnknownModel(f"the store has no model {model!r}; it has {known}", model=model)
 
     def wait_for(
@@ -235,12 +239,44 @@ class Store:
         self.link.connect().request(wire.RemoveTag(id=0, model=model, tag=tag), wire.Done)
 
     def remove_model(self, model: str) -> None:
-        """Remove all tags of `model`; leased versions stay until released.
+        """Remove all tags of `model` and its name map; leased versions stay until released.
 
         Raises:
             UnknownModel, RefitConflict.
         """
         self.link.connect().request(wire.RemoveModel(id=0, model=model), wire.Done)
+
+    def publish_names(self, model: str, names: NameMap | None) -> None:
+        """Keep `names` with `model`, for every later refit that is given no map; None takes it back.
+
+        An engine whose names are not its trainers' publishes how they become its own. The model need not
+        have a version yet. The map is the model's, not a version's, outlives the store process, replaces
+        the last one at once, and goes when the model is removed or its last version is freed. A refit that
+        is open goes on with the map it began with.
+
+        Raises:
+            UsageError: no map, or one of more than 1 MiB of JSON.
+            ArenaFull: no room for it.
+        """
+        text = None
+        if names is not None:
+            from weightstore.names.published import encode_published
+
+            text = encode_published(model, names)
+        self.link.connect().request(wire.PublishNames(id=0, model=model, names=text), wire.Done)
+
+    def names(self, model: str) -> NameMap | None:
+        """The map published with `model`; None where none is, also for a model that the store lacks.
+
+        Raises:
+            UsageError: it is of a kind that this version of weightstore cannot read.
+        """
+        text = self.link.connect().request(wire.GetNames(id=0, model=model), wire.NamesAre).names
+        if text is None:
+            return None
+        from weightstore.names.published import decode_published
+
+        return decode_published(model, text)
 
     def verify(self, model: str, tag: str | None = None, *, version: int | None = None) -> wire.Verified:
         """Have the store recompute the checksums of `version`, or of what `tag` names (None: the default

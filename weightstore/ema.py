@@ -32,6 +32,7 @@ from weightstore.errors import UsageError
 from weightstore.lora.stored import COMPONENT as ADAPTERS
 from weightstore.lora.stored import SCALE
 from weightstore.mapping import ArenaMapping
+from weightstore.names import AS_STORED
 from weightstore.snapshot import Snapshot
 from weightstore.tensors import DTYPES, tensor_of
 from weightstore.types import TensorRecord, TensorSpec, component_of
@@ -116,7 +117,12 @@ def update_ema(
     with store.lease(model, source) as policy:
         # The refit comes before the target's lease: from here on nobody else moves the target.
         with store.refit(
-            model, tag=target, base=policy.version, partial=True, extend=shadow is not None
+            model,
+            tag=target,
+            base=policy.version,
+            partial=True,
+            extend=shadow is not None,
+            names=AS_STORED,
         ) as refit:
             with store.lease(model, target) as average:
                 means = _means(policy, average, components, shadow)

@@ -1,7 +1,7 @@
 """The store's own records in the arena: what was committed survives the store process.
 
-Two kinds of things are written. A *blob* (a version's records, its checksums, the list of open
-writers) goes to fresh space and is never overwritten while a root refers to it. The *root* names
+Two kinds of things are written. A *blob* (a version's records, its checksums, a name map, the
+list of open writers) goes to fresh space and is never overwritten while a root refers to it. The *root* names
 the blobs and everything small; it has two slots, written in turn. A commit is the root's last
 24 bytes: until they are there, the other slot is the newer believable one, so a kill at any
 instant leaves either the old catalog or the new one.
@@ -59,10 +59,13 @@ class SavedVersion(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SavedModel(msgspec.Struct, frozen=True, array_like=True):
+    """`names` is the published name map. Roots written before there were any end without it."""
+
     name: str
     next_number: int
     tags: dict[str, int]
     versions: list[SavedVersion]
+    names: Blob | None = None
 
 
 class SavedDebt(msgspec.Struct, frozen=True, array_like=True):
@@ -209,6 +212,8 @@ def _slot_checksum(sequence: int, payload: bytes) -> int:
 
 def _blobs_of(root: Root) -> Iterable[Blob]:
     for model in root.models:
+        if model.names is not None:
+            yield model.names
         for version in model.versions:
             yield version.records
             if version.checksums is not None:

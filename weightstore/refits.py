@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from weightstore import wire
 from weightstore.casts import Cast
 from weightstore.connection import Connection
@@ -52,6 +54,13 @@ class Refits:
         )
         try:
             mapping = self._link.open_writer(fd)
+            if names is not None:
+                opened = msgspec.structs.replace(opened, names=None)  # the caller's own goes before it
+            elif opened.names is not None:
+                from weightstore.names.published import decode_published
+
+                # Its publisher could not know which tensors each refit would put.
+                names = decode_published(request.model, opened.names).relaxed()
             refit = Refit(connection, request, opened, mapping, started, self._forget, names, cast, lease)
         except BaseException:  # nobody will ever hold it: it must not keep the tag from others
             connection.post(wire.AbortRefit(id=0, refit=opened.refit), wire.Done)

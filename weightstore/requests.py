@@ -28,7 +28,7 @@ from weightstore.errors import (
     WeightstoreError,
 )
 from weightstore.store import Store
-from weightstore.types import check_name
+from weightstore.types import check_name, check_name_map
 
 OFFER_PATIENCE: Final = 2.0
 """Seconds a refit short of space waits for sleeping engines to let go of the version before."""
@@ -56,6 +56,8 @@ def check_fields(request: wire.Request) -> None:
         check_name("tag", request.tag)
     if isinstance(request, wire.WaitFor) and request.timeout is not None and math.isnan(request.timeout):
         raise UsageError("timeout is not a number of seconds")
+    if isinstance(request, wire.PublishNames) and request.names is not None:
+        check_name_map(request.model, request.names)
 
 
 _TAGGED: Final = (
@@ -67,7 +69,7 @@ _TAGGED: Final = (
     wire.RemoveTag,
     wire.VerifyVersion,
 )
-_NAMED: Final = (*_TAGGED, wire.RemoveModel)
+_NAMED: Final = (*_TAGGED, wire.RemoveModel, wire.PublishNames, wire.GetNames)
 
 
 class Requests:
@@ -106,6 +108,8 @@ class Requests:
             wire.SetTag: self._set_tag,
             wire.RemoveTag: self._remove_tag,
             wire.RemoveModel: self._remove_model,
+            wire.PublishNames: self._publish_names,
+            wire.GetNames: self._get_names,
             wire.GetStatus: self._get_status,
             wire.VerifyVersion: self._verify_version,
         }
@@ -185,6 +189,7 @@ class Requests:
             base=base.number if base is not None else 0,
             base_records=base.encoded if base is not None else wire.encode_records([]),
             targets=list(refit.targets.values()),
+            names=refit.names,
         )
 
     async def _reserve(self, peer: Peer, request: wire.Reserve) -> wire.Reply:
@@ -308,6 +313,16 @@ class Requests:
         self._store.remove_model(request.model)
         self._changes.announce()
         return wire.Done(id=request.id)
+
+    # -- names -------------------------------------------------------------------------------------
+
+    def _publish_names(self, peer: Peer, request: wire.PublishNames) -> wire.Reply:
+        self._store.publish_names(request.model, request.names)
+        return wire.Done(id=request.id)
+
+    def _get_names(self, peer: Peer, request: wire.GetNames) -> wire.Reply:
+        model = self._catalog.models.find(request.model)
+        return wire.NamesAre(id=request.id, names=model.names if model is not None else None)
 
     # -- looking -----------------------------------------------------------------------------------
 

@@ -23,7 +23,9 @@ def build(store: Store, request: int, started: float, now: float, clients: int) 
         grace_until=catalog.grace_until,
         clients=clients,
         arena=store.arena_status(),
-        models=[_model(catalog, model) for model in catalog.models if model.versions],
+        models=[
+            _model(catalog, model) for model in catalog.models if model.versions or model.names is not None
+        ],
         leases=[
             LeaseStatus(
                 lease=lease.number,
@@ -58,7 +60,7 @@ def build(store: Store, request: int, started: float, now: float, clients: int) 
 
 
 def _model(catalog: Catalog, model: Model) -> ModelStatus:
-    newest = model.versions[max(model.versions)]
+    newest = model.versions[max(model.versions)] if model.versions else None
     return ModelStatus(
         name=model.name,
         tags=dict(model.tags),
@@ -77,7 +79,8 @@ def _model(catalog: Catalog, model: Model) -> ModelStatus:
             )
             for v in sorted(model.versions.values(), key=lambda v: v.number)
         ],
-        components=newest.components,
+        components=newest.components if newest is not None else {},
+        names=model.names is not None,
     )
 
 

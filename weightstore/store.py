@@ -47,6 +47,8 @@ class Store:
         self._persistence = Persistence(arena)
         self._records: dict[Version, Blob] = {}
         self._checksums: dict[Version, Blob] = {}
+        self._names: dict[str, Blob] = {}
+        """By model: its published name map."""
         self._drafts: dict[int, tuple[Version, Blob]] = {}
         """By refit: a version that may come, its records written but not referred to by any root."""
         self._debts: tuple[object, Blob | None] = (((), ()), None)
@@ -69,6 +71,9 @@ class Store:
             model = self.catalog.models.ensure(saved_model.name)
             model.next_number = saved_model.next_number
             model.tags = dict(saved_model.tags)
+            if saved_model.names is not None:
+                model.names = self._persistence.read_blob(saved_model.names).decode()
+                self._names[model.name] = saved_model.names
             for saved_version in saved_model.versions:
                 version = self._recover_version(saved_model.name, saved_version)
                 model.versions[version.number] = version
@@ -119,13 +124,18 @@ class Store:
         open_refits = {refit.number for refit in self.catalog.open_refits()}
         for number in self._drafts.keys() - open_refits:
             garbage.append(self._drafts.pop(number)[1])
+        garbage += [self._names.pop(m.name, None) for m in self.catalog.models if m.names is None]
         garbage += self._save_debts()
         overwriting = {
             refit.base: refit.writing() for refit in self.catalog.open_refits() if refit.declared.in_place
         }
         models = [
             SavedModel(
-                m.name, m.next_number, m.tags, [self._saved(v, overwriting) for v in m.versions.values()]
+                m.name,
+                m.next_number,
+                m.tags,
+                [self._saved(v, overwriting) for v in m.versions.values()],
+                self._names.get(m.name),
             )
             for m in self.catalog.models
         ]
@@ -277,6 +287,26 @@ class Store:
     def remove_model(self, model: str) -> None:
         self.catalog.remove_model(model)
         self._save()
+
+    def publish_names(self, model: str, names: str | None) -> None:
+        """As Catalog.publish_names. Raises ArenaFull, having kept what was published before."""
+        if names is None:
+            self.catalog.publish_names(model, None)
+            self._save()
+            return
+        blob = self._persistence.write_blob(names.encode())
+        old = self._names.get(model)
+
+        def apply() -> None:
+            self.catalog.publish_names(model, names)
+            self._names[model] = blob
+
+        try:
+            self._change(apply)
+        except ArenaFull:
+            self._persistence.free_blobs([blob])
+            raise
+        self._persistence.free_blobs([old])
 
     def drop_peer(self, peer: Peer) -> None:
         self.catalog.drop_peer(peer)

@@ -52,6 +52,7 @@ class Refit:
     Attributes:
         model, tag: what is written.
         base: number of the version it starts from; 0 for none.
+        names: the map that names go through, given or published; None if there is none.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Refit:
         self.base = opened.base
         self._mapping = mapping
         self._started = started
-        self._names = names
+        self.names = names
         self._lease = lease
         self._life = Transaction(connection, request, opened, mapping, lambda: ended(self))
         self._writing = Writing(self._life, request, opened, mapping, names, cast)
@@ -158,7 +159,7 @@ class Refit:
         from weightstore.lora.put import put_lora
 
         given = self._adapter(adapter, config, alpha, prefix, adapter_name, dtype)
-        return put_lora(self._writing.adapting(self._names, self._lease), given, base_tag, device)
+        return put_lora(self._writing.adapting(self.names, self._lease), given, base_tag, device)
 
     def put_adapter(
         self,
@@ -180,7 +181,7 @@ class Refit:
         from weightstore.lora.put import put_adapter
 
         given = self._adapter(adapter, config, alpha, prefix, adapter_name, dtype)
-        return put_adapter(self._writing.adapting(self._names, self._lease), given)
+        return put_adapter(self._writing.adapting(self.names, self._lease), given)
 
     @staticmethod
     def _adapter(
@@ -221,10 +222,10 @@ class Refit:
         Raises:
             InvalidTensor: something the store cannot hold.
         """
-        from weightstore.names import NameMap, plan
+        from weightstore.names import AS_STORED, plan
         from weightstore.names.given import given_of
 
-        return plan(self._names or NameMap(strip=False), given_of(tensors, prefix), self._writing.stored)
+        return plan(self.names or AS_STORED, given_of(tensors, prefix), self._writing.stored)
 
     @property
     def mapping(self) -> ArenaMapping:

@@ -21,7 +21,7 @@ from typing import Final
 
 import msgspec
 
-from weightstore.errors import InvalidName, InvalidTensor
+from weightstore.errors import InvalidName, InvalidTensor, UsageError
 
 ALIGN: Final = 256
 """Start alignment of every tensor in bytes: what cudaMalloc guarantees, so kernels see no change."""
@@ -30,6 +30,8 @@ MAX_NAME: Final = 512
 MAX_DIMS: Final = 16
 MAX_NBYTES: Final = 1 << 48
 DEFAULT_TAG: Final = "latest"
+MAX_NAME_MAP: Final = 1 << 20
+"""Bytes of UTF-8 that a published name map may have as JSON: room for a rule per tensor of a large model."""
 
 ITEMSIZE: Final[dict[str, int]] = {
     "bool": 1,
@@ -166,6 +168,26 @@ def check_name(kind: str, name: object) -> str:
             "'.', not starting with '-' or '.'"
         )
     return name
+
+
+def check_name_map(model: str, names: str) -> str:
+    """Return a name map that the store can keep, else raise UsageError: JSON of an object, of bounded size.
+
+    What it says is looked at by clients only, before they publish it and when they use it.
+    """
+    nbytes = len(names.encode())
+    if nbytes > MAX_NAME_MAP:
+        raise UsageError(
+            f"the name map of {model!r} has {nbytes} bytes as JSON, and may have {MAX_NAME_MAP}; say with "
+            "patterns what it says name by name",
+            requested=nbytes,
+            capacity=MAX_NAME_MAP,
+        )
+    try:
+        msgspec.json.decode(names, type=dict[str, msgspec.Raw])
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise UsageError(f"the name map of {model!r} is not JSON of a map: {error}") from None
+    return names
 
 
 def check_spec(spec: TensorSpec) -> TensorSpec:

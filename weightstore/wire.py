@@ -185,8 +185,20 @@ class RemoveTag(_Request, frozen=True, kw_only=True):
 
 
 class RemoveModel(_Request, frozen=True, kw_only=True):
-    """Remove all tags of a model. Leased versions stay until released."""
+    """Remove all tags of a model and its name map. Leased versions stay until released."""
 
+    model: str
+
+
+class PublishNames(_Request, frozen=True, kw_only=True):
+    """Keep a name map (JSON) with a model, in place of the last; None takes it back. The model need not
+    have a version yet. What the map means is the clients' affair: the store never compiles its patterns."""
+
+    model: str
+    names: str | None
+
+
+class GetNames(_Request, frozen=True, kw_only=True):
     model: str
 
 
@@ -219,6 +231,8 @@ Request = (
     | SetTag
     | RemoveTag
     | RemoveModel
+    | PublishNames
+    | GetNames
     | GetStatus
     | VerifyVersion
 )
@@ -241,12 +255,14 @@ class Welcome(_Reply, frozen=True, kw_only=True):
 
 class RefitOpened(_Reply, frozen=True, kw_only=True):
     """`targets` are the places of the tensors the refit declared; `base` and `base_records` the
-    version it starts from. One read-write descriptor of the arena travels with it."""
+    version it starts from; `names` the model's published name map when the refit was begun, the same for
+    all its ranks. One read-write descriptor of the arena travels with it."""
 
     refit: int
     base: int
     base_records: msgspec.Raw
     targets: list[TensorRecord]
+    names: str | None = None
     fds: int = 1
 
 
@@ -274,6 +290,12 @@ class LeaseState(_Reply, frozen=True, kw_only=True):
 
 class VersionIs(_Reply, frozen=True, kw_only=True):
     version: int
+
+
+class NamesAre(_Reply, frozen=True, kw_only=True):
+    """Answers GetNames; None where none are published."""
+
+    names: str | None
 
 
 class Done(_Reply, frozen=True, kw_only=True):
@@ -304,13 +326,15 @@ class VersionStatus(msgspec.Struct, frozen=True):
 
 
 class ModelStatus(msgspec.Struct, frozen=True):
-    """`tags` maps a tag to its version; `torn` lists tags whose in-place refit was never committed."""
+    """`tags` maps a tag to its version; `torn` lists tags whose in-place refit was never committed;
+    `names` says whether a name map is published. A model may have one before its first version."""
 
     name: str
     tags: dict[str, int]
     torn: list[str]
     versions: list[VersionStatus]
     components: dict[str, int]
+    names: bool = False
 
 
 class LeaseStatus(msgspec.Struct, frozen=True):
@@ -403,6 +427,7 @@ Reply = (
     | LeaseGranted
     | LeaseState
     | VersionIs
+    | NamesAre
     | Done
     | Failed
     | Status

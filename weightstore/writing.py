@@ -63,7 +63,7 @@ class Writing:
         if names is not None:
             from weightstore.names.inlet import Inlet
 
-            self._inlet = Inlet(names, self.stored)
+            self._inlet = Inlet(names, self.stored, published=opened.names is not None)
 
     @property
     def stored(self) -> Stored:

@@ -88,6 +88,7 @@ class Catalog:
             self.models.get(request.model)
         check_declaration(request, model, base)
         refit = Refit(self._number(), request.model, request.tag, base, request, now)
+        refit.names = model.names if model is not None else None
         if base is not None and base.torn:
             require_torn_covered(refit, base)
         if request.in_place and base is not None:
@@ -386,12 +387,22 @@ class Catalog:
         self.collect()
 
     def remove_model(self, model: str) -> None:
-        """Remove every tag. Raises UnknownModel, RefitConflict."""
-        found = self.models.get(model)
+        """Remove every tag, and the name map. Raises UnknownModel, RefitConflict."""
+        found = self.models.find(model)
+        if found is None or found.names is None:
+            found = self.models.get(model)
         for tag in found.tags:
             self._require_no_refit(model, tag)
         found.tags.clear()
+        found.names = None
         self.collect()
+
+    def publish_names(self, model: str, names: str | None) -> None:
+        """Keep a name map with a model, which need not have a version; None takes it back."""
+        if names is not None:
+            self.models.ensure(model).names = names
+        elif (found := self.models.find(model)) is not None:
+            found.names = None
 
     def _require_no_refit(self, model: str, tag: str) -> None:
         for refit in self.open_refits():
@@ -455,6 +466,8 @@ class Catalog:
         version.move(VersionState.FREED)
         model = self.models.ensure(version.model)
         del model.versions[version.number]
+        if not model.versions:
+            model.names = None
         self.space.drop(version.extents, version.writers)
         self.freed.append(version)
 

@@ -53,6 +53,7 @@ class Refit:
         torn_before: what was torn in the base when an in-place refit opened.
         draft: the version it would become, if a lone writer has declared what it will have written.
         written: whether a writer has been told its places, so that bytes there may have changed.
+        names: the model's name map when it was opened: all ranks must go by the same.
     """
 
     number: int
@@ -68,6 +69,7 @@ class Refit:
     torn_before: frozenset[str] = frozenset()
     draft: Version | None = None
     written: bool = False
+    names: str | None = None
     state: RefitState = RefitState.OPEN
     version: int = 0
     reason: str = ""

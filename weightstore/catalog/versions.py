@@ -91,10 +91,14 @@ class Version:
 
 @dataclass(eq=False)
 class Model:
+    """`names` is the published name map as JSON, which is the clients' to read. It may be there before the
+    first version, and goes with the last."""
+
     name: str
     next_number: int = 1
     versions: dict[int, Version] = field(default_factory=dict)
     tags: dict[str, int] = field(default_factory=dict)
+    names: str | None = None
 
     def tagged(self, tag: str) -> Version:
         """The version `tag` names. Raises UnknownTag."""

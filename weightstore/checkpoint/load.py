@@ -29,12 +29,12 @@ from weightstore.checkpoint.transfer import (
     piece_job,
     strided_jobs,
 )
+from weightstore.names import AS_STORED, NameMap
 from weightstore.types import DEFAULT_TAG, TensorRecord, is_dense
 
 if TYPE_CHECKING:
     from weightstore.client import Store
     from weightstore.mapping import ArenaMapping
-    from weightstore.names import NameMap
 
 
 class LoadReport(msgspec.Struct, frozen=True):
@@ -93,7 +93,8 @@ def load_checkpoint(
     started = time.perf_counter()
     with Contents(path, prefix, variant) as contents:
         taken = intake(contents, names, f"loading {model!r} tag {tag!r}")
-        with store.refit(model, tag=tag, fresh=True) as refit:
+        # What is loaded has been named here, with or without `names`: a published map is not asked again.
+        with store.refit(model, tag=tag, fresh=True, names=AS_STORED) as refit:
             records = refit.reserve(taken.specs)
             reading = time.perf_counter()
             move_all(_jobs(contents, taken, records, refit.mapping), progress)

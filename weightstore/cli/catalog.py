@@ -63,9 +63,10 @@ def _tags(status: Status, model: str | None) -> list[str]:
 
 
 def _chosen(status: Status, model: str | None) -> list[ModelStatus]:
-    chosen = [each for each in status.models if model in (None, each.name)]
+    known = [each for each in status.models if each.versions]
+    chosen = [each for each in known if model in (None, each.name)]
     if model is not None and not chosen:
-        names = ", ".join(each.name for each in status.models) or "none"
+        names = ", ".join(each.name for each in known) or "none"
         raise UnknownModel(f"no model {model!r} in the store; it has: {names}")
     return chosen
 
@@ -74,7 +75,7 @@ def _chosen(status: Status, model: str | None) -> list[ModelStatus]:
 @socket_option
 @click.argument("models", metavar="MODEL...", type=MODEL, nargs=-1, required=True)
 def rm_command(socket: str | None, models: tuple[str, ...]) -> None:
-    """Remove models with all their tags.
+    """Remove models with all their tags, and their name maps.
 
     Versions that somebody leases stay until they are released. To remove a single version, delete the tags
     that name it.

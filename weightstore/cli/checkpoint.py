@@ -5,12 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import click
 
+from weightstore.cli import options
 from weightstore.cli.options import MODEL, TAG, connect, map_option, read_map, size, socket_option
+from weightstore.errors import UnknownModel
 from weightstore.sizes import format_size
 from weightstore.types import DEFAULT_TAG
+
+if TYPE_CHECKING:
+    from weightstore.names import NameMap
 
 Progress = Callable[[int, int], None]
 
@@ -25,6 +31,7 @@ Progress = Callable[[int, int], None]
 )
 @click.option("--variant", help="Which variant of a directory's files to read, e.g. fp16.")
 @map_option
+@click.option("--published-map", is_flag=True, help="Put the names through the map published with MODEL.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar, no summary.")
 @click.argument("model", type=MODEL)
 @click.argument("path", type=click.Path())
@@ -34,6 +41,7 @@ def load_command(
     prefix: str,
     variant: str | None,
     map_file: str | None,
+    published_map: bool,
     quiet: bool,
     model: str,
     path: str,
@@ -42,10 +50,14 @@ def load_command(
 
     PATH is a safetensors file, the index of a sharded checkpoint, or a directory: of either, or a diffusers
     pipeline, whose components become prefixes such as 'transformer.'.
+
+    Its names are those that are stored, as 'save' writes them, unless a map says otherwise.
     """
     from weightstore.checkpoint.load import load_checkpoint
 
     names = read_map(map_file)
+    if published_map:
+        names = _published(socket, model, names)
     with connect(socket) as store, _bar(f"loading {model}", quiet) as progress:
         report = load_checkpoint(
             store, model, path, tag, progress, prefix=prefix, variant=variant, names=names
@@ -60,6 +72,15 @@ def load_command(
     )
     for name in report.skipped:
         click.echo(f"skipped {name}: it holds weights, but model_index.json does not mention it", err=True)
+
+
+def _published(socket: str | None, model: str, given: NameMap | None) -> NameMap:
+    if given is not None:
+        raise click.UsageError("--map and --published-map exclude each other")
+    names = options.published_map(socket, model)
+    if names is None:
+        raise UnknownModel(f"no name map is published with model {model!r}", model=model)
+    return names
 
 
 @click.command("save")

@@ -83,6 +83,13 @@ def read_map(path: str | None) -> NameMap | None:
         raise UsageError(f"{path}: {error.message}") from None
 
 
+def published_map(socket: str | None, model: str) -> NameMap | None:
+    """The map published with the model, as a refit applies it: no rule need match."""
+    with connect(socket) as store:
+        names = store.names(model)
+    return None if names is None else names.relaxed()
+
+
 def connect(socket: str | None) -> Store:
     """A client of the store on `socket` (None: the default path); used as a context manager."""
     from weightstore.client import connect as connect_client

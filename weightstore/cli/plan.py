@@ -8,7 +8,7 @@ import click
 import msgspec
 
 from weightstore.casts import check_mode
-from weightstore.cli.options import MODEL, TAG, connect, map_option, read_map, socket_option
+from weightstore.cli.options import MODEL, TAG, connect, map_option, published_map, read_map, socket_option
 from weightstore.types import DEFAULT_TAG, TensorRecord
 
 PLAIN_WIDTH = 160
@@ -55,19 +55,23 @@ def plan_command(
     """Say what a refit of MODEL with the tensors of the checkpoint at PATH would do.
 
     Reads the headers of the safetensors files only. The base is what a refit of the tag would start from: the
-    tag's version, else that of 'latest'. Exits with 1 if the refit would not commit.
+    tag's version, else that of 'latest'. Names go through the map in FILE, else, as in a refit, through the
+    one published with the model; a FILE of '{"strip": false}' takes them as they are. Exits with 1 if the
+    refit would not commit.
     """
     from weightstore.checkpoint.contents import Contents
-    from weightstore.names import Given, NameMap, Stored, plan
+    from weightstore.names import AS_STORED, Given, Stored, plan
 
-    names = read_map(map_file) or NameMap(strip=False)
+    names = read_map(map_file)
+    published = None if names is not None or fresh else published_map(socket, model)
     declared = None if components is None else frozenset(part.strip() for part in components.split(","))
     with Contents(path, prefix, variant) as contents:
         given = [Given(spec.name, spec.dtype, spec.shape) for spec in contents.specs]
     on, records = ("", {}) if fresh else _base(socket, model, tag)
-    what = f"refit of {model!r} tag {tag!r}{on}"
+    through = ", through the published name map" if published is not None else ""
+    what = f"refit of {model!r} tag {tag!r}{on}{through}"
     stored = Stored(what, records, declared, bool(on) and not extend, partial, check_mode(cast))
-    planned = plan(names, given, stored)
+    planned = plan(names or published or AS_STORED, given, stored)
     if as_json:
         click.echo(msgspec.json.format(json.dumps(planned.to_builtins()), indent=2))
     else:

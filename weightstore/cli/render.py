@@ -100,6 +100,10 @@ def _model(model: ModelStatus, now: float) -> list[RenderableType]:
     title = Text.assemble("\n", (model.name, "bold magenta"))
     for component, nbytes in sorted(model.components.items(), key=lambda item: -item[1]):
         title.append(f"   {component} ", "dim").append(format_size(nbytes))
+    if model.names:
+        title.append("   name map published", "cyan")
+    if not model.versions:
+        return [title, Text("no version yet", style="dim")]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
     table.add_column("version", justify="right")
     table.add_column("tags", style="cyan", overflow="fold")

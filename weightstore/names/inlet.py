@@ -7,7 +7,7 @@ is refused as a whole, with all such names.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 from weightstore.errors import CoverageError
 from weightstore.names.given import describe
@@ -18,12 +18,19 @@ from weightstore.names.resolve import resolve
 from weightstore.names.router import Router
 from weightstore.names.rows import PROBLEMS, Row, Stored
 
+_HINT: Final = (
+    "; names went through the map published with the model (store.names), give names=NameMap(strip=False) "
+    "to refit under stored names"
+)
+
 
 class Inlet:
     """One refit's. Thread-safe, as far as a set is."""
 
-    def __init__(self, names: NameMap, stored: Stored) -> None:
+    def __init__(self, names: NameMap, stored: Stored, published: bool = False) -> None:
+        """`published`: the caller gave no map; it is the model's."""
         self._router = Router(names)
+        self._hint = _HINT if published else ""
         self._stored = stored
         self._used: set[int] = set()
         self._given = 0
@@ -40,7 +47,7 @@ class Inlet:
         rows = resolve(self._router, [describe(name, value) for name, value in items], self._stored)
         if any(row.kind in PROBLEMS for row in rows):
             rows = hinted(rows, [], self._stored)
-            raise refusal(self._stored.what, rows, "nothing was written by this call")
+            raise refusal(self._stored.what, rows, f"nothing was written by this call{self._hint}")
         values = dict(items)
         routed = [
             (row.target, values[row.source], row)

@@ -10,7 +10,7 @@ The order of things, for every name:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -93,6 +93,12 @@ class NameMap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """
         return self._with(Drop(pattern, optional))
 
+    def relaxed(self) -> NameMap:
+        """The same map, none of whose rules need match."""
+        return msgspec.structs.replace(
+            self, rules=tuple(msgspec.structs.replace(rule, optional=True) for rule in self.rules)
+        )
+
     def to_json(self) -> str:
         """Indented JSON that `from_json` reads."""
         return msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
@@ -107,6 +113,10 @@ class NameMap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def _with(self, rule: Rule) -> NameMap:
         return msgspec.structs.replace(self, rules=(*self.rules, rule))
+
+
+AS_STORED: Final = NameMap(strip=False)
+"""The map that changes nothing: names are those of the store."""
 
 
 def _shares(shares: Sequence[int] | None) -> tuple[int, ...] | None:
