@@ -39,6 +39,10 @@ class Component:
         self._state = State.ASLEEP
 
     @property
+    def module(self) -> nn.Module:
+        return self._module
+
+    @property
     def state(self) -> State:
         return self._state
 

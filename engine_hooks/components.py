@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from torch import nn
+
 from engine_hooks.adapters import readapted_slots
 from engine_hooks.backend import DeviceBackend, Run
 from engine_hooks.component import Component
@@ -27,6 +29,10 @@ class Components:
     def __init__(self, backend: DeviceBackend, components: Iterable[Component]) -> None:
         self._backend = backend
         self._all = {component.name: component for component in components}
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        return {name: component.module for name, component in self._all.items()}
 
     @property
     def states(self) -> dict[str, State]:

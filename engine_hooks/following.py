@@ -59,6 +59,10 @@ class Following:
         self.held = Held(lease.version, {name: layout.records for name, layout in layouts.items()}, adapters)
 
     @property
+    def store(self) -> Store:
+        return self._store
+
+    @property
     def model(self) -> str:
         return self._lease.model
 

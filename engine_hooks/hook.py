@@ -108,6 +108,23 @@ class EngineHook:
     # -- what is known -----------------------------------------------------------------------------
 
     @property
+    def store(self) -> Store:
+        return self._following.store
+
+    @property
+    def model(self) -> str:
+        return self._following.model
+
+    @property
+    def tag(self) -> str:
+        return self._following.tag
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The engine's modules by component name, as they were attached."""
+        return self._components.modules
+
+    @property
     def state(self) -> State:
         """BROKEN if any component is, ASLEEP if all are, else AWAKE; `states` tells them apart."""
         return self._components.state

@@ -264,6 +264,12 @@ def test_unknown_tags_are_refused(store: Store, model: str) -> None:
                 method(tags=["vae"])
 
 
+def test_a_hook_says_what_it_is_bound_to(store: Store, model: str) -> None:
+    modules = {"net": net(), "other": net(1)}
+    with EngineHook.attach(store, model, modules, tag="policy") as hook:
+        assert (hook.store, hook.model, hook.tag, hook.modules) == (store, model, "policy", modules)
+
+
 def test_two_tags_share_frozen_components(store: Store, model: str) -> None:
     frozen = net(9, width=512)
     publish(store, model, {"dit": net(0), "te": frozen}, tag="policy")
