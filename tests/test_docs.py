@@ -91,7 +91,7 @@ def test_names(store: ws.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     save_file(
         trained | {f"module.net.{n}.norm.weight": torch.ones(8) for n in range(2)}, "trained.safetensors"
     )
-    assert run(page, namespace, tmp_path, json_as="names.json") == 9
+    assert run(page, namespace, tmp_path, json_as="names.json") == 11
     assert ws.NameMap.from_json((tmp_path / "names.json").read_bytes()) == namespace["names"]
     with store.lease("flux1-dev", tag="policy") as snapshot:
         trained = namespace["trained"]

@@ -55,9 +55,9 @@ def load_command(
     """
     from weightstore.checkpoint.load import load_checkpoint
 
-    names = read_map(map_file)
-    if published_map:
-        names = _published(socket, model, names)
+    if published_map and map_file is not None:
+        raise click.UsageError("--map and --published-map exclude each other")
+    names = _published(socket, model) if published_map else read_map(map_file)
     with connect(socket) as store, _bar(f"loading {model}", quiet) as progress:
         report = load_checkpoint(
             store, model, path, tag, progress, prefix=prefix, variant=variant, names=names
@@ -74,9 +74,7 @@ def load_command(
         click.echo(f"skipped {name}: it holds weights, but model_index.json does not mention it", err=True)
 
 
-def _published(socket: str | None, model: str, given: NameMap | None) -> NameMap:
-    if given is not None:
-        raise click.UsageError("--map and --published-map exclude each other")
+def _published(socket: str | None, model: str) -> NameMap:
     names = options.published_map(socket, model)
     if names is None:
         raise UnknownModel(f"no name map is published with model {model!r}", model=model)

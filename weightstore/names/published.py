@@ -33,6 +33,6 @@ def decode_published(model: str, text: str) -> NameMap:
         return NameMap.from_json(text)
     except UsageError as error:
         raise UsageError(
-            f"the name map published with {model!r} is {error.message}; publish another "
+            f"the name map published with {model!r} cannot be used: {error.message}; publish another "
             "(store.publish_names), or give names= to go without it"
         ) from None
