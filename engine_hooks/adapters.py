@@ -60,6 +60,8 @@ def readapted_slots(layout: Layout, old: Adapters, new: Adapters) -> list[Slot]:
     """The slots whose adapter is another in `new`. Sound only for versions that were alive at one moment, as
     `plan.changed_slots`."""
     names = {name for name in old.keys() | new.keys() if not _same(old.get(name), new.get(name))}
+    if not names:
+        return []
     return [slot for slot in layout.slots if any(name in names for name in slot.names)]
 
 

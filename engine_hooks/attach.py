@@ -78,10 +78,9 @@ def attach(
     try:
         lease, published = lease_or_publish(store, model, tag, modules, publish_timeout)
         lease.require_readable(lease.version)
-        pin_ahead = getattr(backend, "pin_ahead", None)
-        if pin_ahead is not None:  # a device that pins memory can begin while the modules are looked at
-            records = [record for record in lease.records.values() if record.component in modules]
-            pin_ahead(lease.mapping, [(record.offset, record.nbytes) for record in records])
+        # While the modules are looked at.
+        records = [record for record in lease.records.values() if record.component in modules]
+        backend.pin_ahead(lease.mapping, [(record.offset, record.nbytes) for record in records])
         ignored = matcher(ignore)
         surveys = survey(modules, lease.records, ignored, backend.device)
         following = Following(store, lease, {name: s.layout for name, s in surveys.items()}, ignored)
@@ -225,10 +224,9 @@ def move_in(
         image = backend.reserve(max(surveyed.nbytes, ALIGN))
         components.append(Component(surveyed, image, modules[name]))
         fills.append((image, runs_of(surveyed.layout, surveyed.layout.records)))
-    backend.wake(fills, source)
-    merged = sum(component.adapt(component.layout.slots, added, source) for component in components)
     bound: list[Component] = []
-    try:
+
+    def bind() -> None:
         # Normal tensors, whatever mode the caller is in: inference tensors have no version to raise.
         with torch.inference_mode(False), torch.no_grad():
             for component in components:
@@ -236,6 +234,10 @@ def move_in(
             for component in components:
                 component.binding.bind()
                 bound.append(component)
+
+    try:
+        backend.wake(fills, source, meanwhile=bind)
+        merged = sum(component.adapt(component.layout.slots, added, source) for component in components)
     except BaseException:
         for component in reversed(bound):
             component.binding.unbind()

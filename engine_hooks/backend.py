@@ -9,12 +9,15 @@ close; what lies there exists only while mapped. A backend is used by one thread
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
 
 from weightstore.mapping import ArenaMapping
+
+Meanwhile = Callable[[], object]
+"""What a caller has to do that needs none of the bytes, done while they are on their way."""
 
 
 class Run(tuple[int, int, int]):
@@ -69,14 +72,34 @@ class DeviceBackend(Protocol):
         """Reserve an address range of at least `nbytes` bytes. Nothing is mapped."""
         ...
 
-    def wake(self, fills: Sequence[tuple[Image, Sequence[Run]]], source: ArenaMapping) -> None:
+    def wake(
+        self,
+        fills: Sequence[tuple[Image, Sequence[Run]]],
+        source: ArenaMapping,
+        meanwhile: Meanwhile | None = None,
+    ) -> None:
         """Map the unmapped images and copy the runs into them, as one pipeline; returns when kernels
-        launched from now on, on any stream, see the bytes. On failure images mapped here are unmapped."""
+        launched from now on, on any stream, see the bytes. On failure images mapped here are unmapped.
+
+        `meanwhile` is called once, when everything is mapped and the copies may still be landing; what it
+        raises is a failure like any other.
+        """
         ...
 
-    def update(self, fills: Sequence[tuple[Image, Sequence[Run]]], source: ArenaMapping) -> None:
+    def update(
+        self,
+        fills: Sequence[tuple[Image, Sequence[Run]]],
+        source: ArenaMapping,
+        meanwhile: Meanwhile | None = None,
+    ) -> None:
         """Copy runs into mapped images, after all work submitted to the device so far and before any
-        work submitted later; returns when the copies have landed."""
+        work submitted later; returns when the copies have landed. `meanwhile` as in `wake`; when it raises,
+        the copies have landed all the same."""
+        ...
+
+    def pin_ahead(self, source: ArenaMapping, ranges: Iterable[tuple[int, int]]) -> None:
+        """The first wake will copy these (offset, nbytes) ranges: whatever prepares for that and can be done
+        in the background begins now."""
         ...
 
     def unmap(self, images: Sequence[Image]) -> None:

@@ -31,7 +31,7 @@ class Binding:
         self._image = image
         self._undo: list[Callable[[], None]] = []
         self._weights: list[tuple[Found, int]] = []
-        self._by_slot: dict[int, list[torch.Tensor]] = {}
+        self._by_slot: dict[int, list[tuple[Found, int]]] = {}
 
     @property
     def restrided(self) -> list[str]:
@@ -62,7 +62,7 @@ class Binding:
                 ) from error
             if member.weight:
                 self._weights.append((member.found, tensor.data_ptr()))
-                self._by_slot.setdefault(member.slot, []).append(tensor)
+                self._by_slot.setdefault(member.slot, []).append(self._weights[-1])
 
     def unbind(self) -> None:
         """Put back what the tensors were before `bind`, in reverse order."""
@@ -76,19 +76,17 @@ class Binding:
         """Let go of what the tensors were before, once there is no way back: its memory is freed."""
         self._undo.clear()
 
-    def moved(self) -> list[str]:
-        """Weights that somebody replaced, or gave other memory, since: the image no longer reaches them."""
+    def moved(self, slots: Iterable[int] | None = None) -> list[str]:
+        """Weights (of these slots; None: all) that somebody replaced, or gave other memory, since: the image
+        no longer reaches them."""
+        if slots is not None:
+            return _strays(weight for slot in slots for weight in self._by_slot.get(slot, ()))
         # On the path of every wake, so what usually holds is asked of all tensors at once.
         tensors, addresses, places = self._expected
         in_place = [tensor.data_ptr() for tensor in tensors] == addresses
         if in_place and all(table.get(key) is tensor for table, key, tensor in places):
             return []
-        return [
-            found.name
-            for found, address in self._weights
-            if found.tensor.data_ptr() != address
-            or any(table.get(key) is not found.tensor for table, key in found.places)
-        ]
+        return _strays(self._weights)
 
     @cached_property
     def _expected(self) -> tuple[list[torch.Tensor], list[int], list[tuple[Any, Any, torch.Tensor]]]:
@@ -100,8 +98,8 @@ class Binding:
     def mark_changed(self, slots: Iterable[int]) -> None:
         """Raise autograd's version of every tensor in these slots, so that caches keyed on it see it."""
         for slot in slots:
-            for tensor in self._by_slot.get(slot, ()):
-                torch.autograd.graph.increment_version(tensor)
+            for found, _ in self._by_slot.get(slot, ()):
+                torch.autograd.graph.increment_version(found.tensor)
 
     def leave(self, keep_weights: bool, state: torch.Tensor) -> None:
         """Move every tensor out of the image: engine state to private copies (its bytes are given as
@@ -121,6 +119,16 @@ class Binding:
         self._by_slot.clear()
         self._undo.clear()
         self.__dict__.pop("_expected", None)
+
+
+def _strays(weights: Iterable[tuple[Found, int]]) -> list[str]:
+    """Names of those that are not where they were bound, or that modules no longer show."""
+    return [
+        found.name
+        for found, address in weights
+        if found.tensor.data_ptr() != address
+        or any(table.get(key) is not found.tensor for table, key in found.places)
+    ]
 
 
 def _own_storage(image: torch.Tensor, offset: int, nbytes: int) -> torch.Tensor:

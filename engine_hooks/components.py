@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from engine_hooks.adapters import readapted_slots
-from engine_hooks.backend import DeviceBackend, Run
+from engine_hooks.backend import DeviceBackend, Meanwhile, Run
 from engine_hooks.component import Component
 from engine_hooks.following import Held
 from engine_hooks.lifecycle import Event, State
@@ -84,11 +84,13 @@ class Components:
         that was not.
 
         Returns the runs copied, the number of weights that got an adapter, and the bytes of state restored.
+        Raises AttachError if weights no longer lie in their image.
         """
         unmapped = [component.image for component in todo if not component.image.mapped]
         runs = [runs_of(component.layout, held.records[component.name]) for component in todo]
         images = [component.image for component in todo]
-        self._backend.wake(list(zip(images, runs, strict=True)), source)
+        fills = list(zip(images, runs, strict=True))
+        self._backend.wake(fills, source, meanwhile=lambda: _require_bound(todo))
         try:
             merged = sum(component.adapt(component.layout.slots, held.adapters, source) for component in todo)
             restored = sum(component.engine_state.restore(component.image.tensor()) for component in todo)
@@ -105,10 +107,14 @@ class Components:
         for component in self._all.values():
             component.missed(None)
 
-    def update(self, old: Held, new: Held, comparable: bool, source: ArenaMapping) -> tuple[list[Run], int]:
+    def update(
+        self, old: Held, new: Held, comparable: bool, source: ArenaMapping, meanwhile: Meanwhile | None
+    ) -> tuple[list[Run], int]:
         """Bring awake images from `old` to `new`; on failure those with something to copy are BROKEN.
+        `meanwhile` as in `DeviceBackend.update`.
 
-        Returns the runs copied and the number of weights that got an adapter.
+        Returns the runs copied and the number of weights that got an adapter. Raises AttachError, with
+        nothing copied, if weights to be changed no longer lie in their image.
         """
         todo = []
         merged = 0
@@ -121,8 +127,11 @@ class Components:
             runs = runs_for(component.stale_slots(), new.records[name]) if component.awake else []
             if runs:
                 todo.append((component, runs))
+        for component, _ in todo:
+            stale = [slot.offset for slot in component.stale_slots()]
+            _refuse_moved(component.binding.moved(stale))
         try:
-            self._backend.update([(component.image, runs) for component, runs in todo], source)
+            self._backend.update([(component.image, runs) for component, runs in todo], source, meanwhile)
             for component, _ in todo:
                 merged += component.adapt(component.stale_slots(), new.adapters, source)
         except BaseException:
@@ -134,9 +143,12 @@ class Components:
         return [run for _, runs in todo for run in runs], merged
 
 
-def require_bound(components: Iterable[Component]) -> None:
+def _require_bound(components: Iterable[Component]) -> None:
     """AttachError if somebody gave weights other memory than their image's: they would stay stale."""
-    moved = [name for component in components for name in component.binding.moved()]
+    _refuse_moved([name for component in components for name in component.binding.moved()])
+
+
+def _refuse_moved(moved: Sequence[str]) -> None:
     if moved:
         raise AttachError(
             f"{len(moved)} weights were replaced after attach (module.to(), load_state_dict(assign=True), …) "

@@ -26,7 +26,7 @@ from typing import Final, NamedTuple, cast
 
 import torch
 
-from engine_hooks.backend import Image, Run
+from engine_hooks.backend import Image, Meanwhile, Run
 from engine_hooks.cuda_assist import VECTOR, assist
 from engine_hooks.cuda_compare import differing_runs
 from engine_hooks.cuda_image import CudaImage, granularity
@@ -102,7 +102,12 @@ class CudaBackend:
         self._images.append(image)
         return image
 
-    def wake(self, fills: Sequence[tuple[Image, Sequence[Run]]], source: ArenaMapping) -> None:
+    def wake(
+        self,
+        fills: Sequence[tuple[Image, Sequence[Run]]],
+        source: ArenaMapping,
+        meanwhile: Meanwhile | None = None,
+    ) -> None:
         self._check_open()
         todo = [(self._own(image), sorted(runs, key=lambda run: run.target)) for image, runs in fills]
         asleep = [image for image, _ in todo if not image.mapped]
@@ -115,6 +120,8 @@ class CudaBackend:
                 unassisted = self._assist_bytes if self._assist.ready else 0
                 for image, runs in todo:
                     unassisted = self._fill(image, runs, copier, unassisted)
+                if meanwhile is not None:
+                    meanwhile()
                 self._stream.synchronize()
                 self._beside.synchronize()
         except BaseException as error:
@@ -122,7 +129,12 @@ class CudaBackend:
             raise
         self._note(copier, todo)
 
-    def update(self, fills: Sequence[tuple[Image, Sequence[Run]]], source: ArenaMapping) -> None:
+    def update(
+        self,
+        fills: Sequence[tuple[Image, Sequence[Run]]],
+        source: ArenaMapping,
+        meanwhile: Meanwhile | None = None,
+    ) -> None:
         self._check_open()
         todo = [(self._own(image), runs) for image, runs in fills]
         if any(not image.mapped for image, _ in todo):
@@ -132,8 +144,12 @@ class CudaBackend:
         copier.prepare(jobs)  # first, since registering memory may take long
         self._device.synchronize()
         copier.to_device(jobs, driver.LEGACY_STREAM)
-        with self._device.current():
-            driver.call("cuStreamSynchronize", driver.LEGACY_STREAM)
+        try:
+            if meanwhile is not None:
+                meanwhile()
+        finally:
+            with self._device.current():
+                driver.call("cuStreamSynchronize", driver.LEGACY_STREAM)
         self._note(copier, todo)
 
     def unmap(self, images: Sequence[Image]) -> None:

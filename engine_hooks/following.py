@@ -7,26 +7,40 @@ Invariants:
   itself, and so does one whose tag is refitted in place; then places may have been freed and given to
   other bytes in between. `advance` says which it was;
 - a version that the images' layouts cannot hold is refused as a whole, before a byte is copied.
+
+What a version means for this engine is worked out when it is offered, on the connection's thread; who then
+refits or wakes finds it done.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from engine_hooks.adapters import Adapters
 from engine_hooks.plan import Layout, Records, by_component, misfits
 from weightstore.errors import AttachError, LeaseLost, StoreGone, StoreTimeout, WeightstoreError
 from weightstore.lora.stored import adapters_in
 from weightstore.mapping import ArenaMapping
+from weightstore.records import end_of
 
 if TYPE_CHECKING:
     from weightstore.client import Store
     from weightstore.reader import Lease
 
 _log = logging.getLogger("engine_hooks")
+
+
+class Step(NamedTuple):
+    """Where the images go next. `comparable`: whether its places can be compared with those of `held`.
+    `ahead`: the lease still stands on `held`, and `Following.take` has to follow."""
+
+    held: Held
+    comparable: bool
+    ahead: bool
 
 
 @dataclass(frozen=True)
@@ -55,8 +69,10 @@ class Following:
         self._ignored = ignored
         adapters, reasons = adapters_in(lease.records)
         if reasons:
-            raise self._unfit(reasons)
+            raise self._unfit(lease.version, reasons)
         self.held = Held(lease.version, {name: layout.records for name, layout in layouts.items()}, adapters)
+        self._ready: Held | None = None
+        lease.on_records = self._prepare
 
     @property
     def store(self) -> Store:
@@ -133,20 +149,32 @@ class Following:
             )
         return self.held
 
-    def advance(self) -> tuple[Held, bool]:
-        """Move the lease to what is offered; that version, and whether its places can be compared with
-        those of `held`.
+    def step(self) -> Step:
+        """The next version to bring the images to, if they are `behind`.
 
-        Raises TagTorn, LeaseLost, AttachError; the images are then behind until an `advance` succeeds.
+        Raises TagTorn, LeaseLost, AttachError; the images are then behind until a `step` succeeds.
         """
         lease = self._lease
-        # Read in this order: a lease that is not torn, and after that still on `held`, was on it when it
-        # had that offer, so both versions were alive then.
-        offered = lease.pending
-        comparable = not lease.torn and lease.version == self.held.version
+        offer = lease.offer
+        on_held = lease.version == self.held.version and not lease.torn
+        if on_held and offer is not None and offer.records is not None:
+            if end_of(offer.records.values()) <= lease.mapping.nbytes:
+                with suppress(AttachError):  # taken all the same: the store offers no other before that
+                    return Step(self._fit(offer.version, offer.records), comparable=True, ahead=True)
+        # The lease was on `held` when it had that offer, so both versions were alive then.
         lease.advance()
         lease.require_readable(lease.version)
-        return self._fitting(), comparable and lease.version == offered
+        comparable = on_held and offer is not None and lease.version == offer.version
+        return Step(self._fitting(), comparable, ahead=False)
+
+    def take(self, held: Held) -> None:
+        """Move the lease to what `step` said, while its bytes are being copied or once they have been.
+
+        Raises LeaseLost; what the images hold is then not certain.
+        """
+        self._lease.advance()
+        self._lease.require_readable(held.version)
+        self.settle(held)
 
     def settle(self, held: Held) -> None:
         """The images follow `held` from now on."""
@@ -156,19 +184,33 @@ class Following:
         self._lease.release()
 
     def _fitting(self) -> Held:
-        version, records = self._lease.version, self._lease.records
-        if version == self.held.version:
-            return self.held
+        return self._fit(self._lease.version, self._lease.records)
+
+    def _fit(self, version: int, records: Records) -> Held:
+        """A version as this engine sees it. Raises AttachError."""
+        for known in (self.held, self._ready):
+            if known is not None and known.version == version:
+                return known
+        held, reasons = self._look_at(version, records)
+        if reasons:
+            raise self._unfit(version, reasons)
+        return held
+
+    def _prepare(self, version: int, records: Records) -> None:
+        """On the connection's thread: have ready what will be asked for, if it fits."""
+        held, reasons = self._look_at(version, records)
+        self._ready = None if reasons else held
+
+    def _look_at(self, version: int, records: Records) -> tuple[Held, list[str]]:
+        """A version, and why it cannot fill the images."""
         grouped = by_component(records, self._layouts, self._ignored)
         reasons = [line for name, layout in self._layouts.items() for line in misfits(layout, grouped[name])]
         adapters, misfit = adapters_in(records)
-        if reasons or misfit:
-            raise self._unfit(reasons + misfit)
-        return Held(version, grouped, adapters)
+        return Held(version, grouped, adapters), reasons + misfit
 
-    def _unfit(self, reasons: list[str]) -> AttachError:
+    def _unfit(self, version: int, reasons: list[str]) -> AttachError:
         return AttachError(
-            f"version {self._lease.version} of {self.model!r} does not fit this engine: "
+            f"version {version} of {self.model!r} does not fit this engine: "
             f"{'; '.join(reasons[:10])}{' …' if len(reasons) > 10 else ''}. Move the tag to one that fits, "
             "or attach anew",
             reasons=reasons,

@@ -29,9 +29,9 @@ import torch
 from torch import nn
 
 from engine_hooks.attach import Attached, attach
-from engine_hooks.backend import DeviceBackend
+from engine_hooks.backend import DeviceBackend, Run
 from engine_hooks.component import Component
-from engine_hooks.components import Components, require_bound
+from engine_hooks.components import Components
 from engine_hooks.drain import Drain
 from engine_hooks.lifecycle import State, refusal
 from engine_hooks.plan import total_bytes
@@ -65,6 +65,7 @@ class EngineHook:
         self._lock = threading.RLock()
         self._drain = Drain()
         self._callbacks: list[Callback] = []
+        self._untold: dict[str, None] = {}
         self._telling = False
         self._closed = False
 
@@ -225,7 +226,6 @@ class EngineHook:
             already = _names(component for component in chosen if component.awake)
             if not todo:
                 return WakeReport((), already, self.version, (), 0, 0, 0, 0, 0, time.perf_counter() - began)
-            require_bound(todo)
             with self._drain.held_back():
                 parked = self._following.parked
                 held = self._following.unpark() if parked else self._following.current()
@@ -240,11 +240,12 @@ class EngineHook:
                     self._components.missed_all()
                 self._following.settle(held)
                 mapped = self.backend.memory_in_use() - before
+                self._changed(todo)
                 report = WakeReport(
                     woken=_names(todo),
                     already=already,
                     version=held.version,
-                    changed=tuple(name for component in todo for name in component.caught_up()),
+                    changed=tuple(self._untold),
                     copied_bytes=total_bytes(runs),
                     merged=merged,
                     restored_bytes=restored,
@@ -252,7 +253,7 @@ class EngineHook:
                     runs=len(runs),
                     seconds=time.perf_counter() - began,
                 )
-                self._tell(report.changed)
+                self._tell()
             return report
 
     # -- refit -------------------------------------------------------------------------------------
@@ -276,7 +277,8 @@ class EngineHook:
                 raise EngineBroken(
                     "a component is broken and cannot take a change; call wake() to fill it anew"
                 )
-            following.hear()
+            if not following.behind:
+                following.hear()
             following.require_usable()
             asleep = self.state is State.ASLEEP
             if asleep or not following.behind:
@@ -285,24 +287,45 @@ class EngineHook:
                     version, previous.version, asleep, (), 0, 0, 0, 0.0, time.perf_counter() - began
                 )
             awake = self._components.in_state(State.AWAKE)
-            require_bound(awake)
+            runs: list[Run] = []
+            merged = 0
             with self._drained(drain_timeout) as waited:
-                held, comparable = following.advance()
-                following.settle(held)
-                runs, merged = self._components.update(previous, held, comparable, following.mapping)
+                try:
+                    while following.behind:  # the store offers a version at a time
+                        copied, sums = self._follow()
+                        runs += copied
+                        merged += sums
+                        self._changed(awake)
+                except BaseException:
+                    if self.state is State.AWAKE:
+                        self._tell_untold()  # of the steps that succeeded: generations go on with them
+                    raise
                 report = RefitReport(
-                    version=held.version,
+                    version=self.version,
                     previous=previous.version,
                     asleep=False,
-                    changed=tuple(name for component in awake for name in component.caught_up()),
+                    changed=tuple(self._untold),
                     copied_bytes=total_bytes(runs),
                     merged=merged,
                     runs=len(runs),
                     drain_seconds=waited,
                     seconds=time.perf_counter() - began,
                 )
-                self._tell(report.changed)
+                self._tell()
             return report
+
+    def _follow(self) -> tuple[list[Run], int]:
+        """One step to a newer version; the runs copied, and weights that got an adapter."""
+        following = self._following
+        held, comparable, ahead = following.step()
+        if not ahead:
+            old = following.held
+            following.settle(held)
+            return self._components.update(old, held, comparable, following.mapping, None)
+        # The store learns of the move, and may answer with the next offer, while the bytes are on their way.
+        return self._components.update(
+            following.held, held, comparable, following.mapping, lambda: following.take(held)
+        )
 
     # -- verify, close -----------------------------------------------------------------------------
 
@@ -404,8 +427,14 @@ class EngineHook:
         if self._closed:
             raise UsageError("this hook was closed; attach again")
 
-    def _tell(self, changed: tuple[str, ...]) -> None:
+    def _changed(self, components: Iterable[Component]) -> None:
+        """These hold the newest version; callbacks are yet to be told what that changed."""
+        self._untold.update((name, None) for component in components for name in component.caught_up())
+
+    def _tell(self) -> None:
+        """Call the callbacks; all of them, then raise the first one's error."""
         first: Exception | None = None
+        changed, self._untold = tuple(self._untold), {}
         self._telling = True
         try:
             for callback in self._callbacks:
@@ -418,6 +447,14 @@ class EngineHook:
             self._telling = False
         if first is not None:
             raise first
+
+    def _tell_untold(self) -> None:
+        """As `_tell` if there is something to tell, on the way out with another error."""
+        if self._untold:
+            try:
+                self._tell()
+            except Exception as error:
+                _log.debug("logged above: %s", error)
 
 
 def _names(components: Iterable[Component]) -> tuple[str, ...]:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
 import torch
 
-from engine_hooks.backend import Image, Run
+from engine_hooks.backend import Image, Meanwhile, Run
 from weightstore.bulk import Span, copy_spans, each
 from weightstore.errors import DeviceError, DeviceMemoryError
 from weightstore.mapping import ArenaMapping
@@ -81,7 +81,12 @@ class HostBackend:
         self._images.append(image)
         return image
 
-    def wake(self, fills: Sequence[tuple[Image, Sequence[Run]]], source: ArenaMapping) -> None:
+    def wake(
+        self,
+        fills: Sequence[tuple[Image, Sequence[Run]]],
+        source: ArenaMapping,
+        meanwhile: Meanwhile | None = None,
+    ) -> None:
         self._check_open()
         owned = [(self._own(image), runs) for image, runs in fills]
         fresh = [image for image, _ in owned if not image.mapped]
@@ -90,17 +95,29 @@ class HostBackend:
             image.mapped = True  # its pages come as they are written
         try:
             self._copy(owned, source)
+            if meanwhile is not None:
+                meanwhile()
         except BaseException:
             for image in fresh:
                 image.drop()
             raise
 
-    def update(self, fills: Sequence[tuple[Image, Sequence[Run]]], source: ArenaMapping) -> None:
+    def update(
+        self,
+        fills: Sequence[tuple[Image, Sequence[Run]]],
+        source: ArenaMapping,
+        meanwhile: Meanwhile | None = None,
+    ) -> None:
         self._check_open()
         owned = [(self._own(image), runs) for image, runs in fills]
         if any(not image.mapped for image, _ in owned):
             raise DeviceError("update of an image that is not mapped")
         self._copy(owned, source)
+        if meanwhile is not None:
+            meanwhile()
+
+    def pin_ahead(self, source: ArenaMapping, ranges: Iterable[tuple[int, int]]) -> None:
+        """Host memory is copied as it is."""
 
     def unmap(self, images: Sequence[Image]) -> None:
         for image in images:

@@ -145,6 +145,35 @@ class TestBackend:
         backend.update([(image, changes)], arena.reader)
         assert torch.equal(held(image, whole), expected)
 
+    def test_the_caller_may_do_something_while_the_bytes_come(
+        self, backend: DeviceBackend, arena: RealArena
+    ) -> None:
+        image = backend.reserve(MIB)
+        run, other = Run(arena.start, 0, MIB), Run(arena.start + MIB, 0, MIB)
+        backend.pin_ahead(arena.reader, [(run.source, run.nbytes)])
+        seen = []
+        backend.wake([(image, [run])], arena.reader, meanwhile=lambda: seen.append(image.mapped))
+        backend.update([(image, [other])], arena.reader, meanwhile=lambda: seen.append(image.mapped))
+        backend.update([], arena.reader, meanwhile=lambda: seen.append(image.mapped))
+        assert seen == [True, True, True]
+        assert holds(image, [other], arena)
+
+    def test_what_goes_wrong_meanwhile_fails_the_wake_but_not_the_copies_of_an_update(
+        self, backend: DeviceBackend, arena: RealArena
+    ) -> None:
+        def fail() -> None:
+            raise LookupError("meanwhile")
+
+        image = backend.reserve(MIB)
+        run, other = Run(arena.start, 0, MIB), Run(arena.start + MIB, 0, MIB)
+        with pytest.raises(LookupError):
+            backend.wake([(image, [run])], arena.reader, meanwhile=fail)
+        assert not image.mapped
+        backend.wake([(image, [run])], arena.reader)
+        with pytest.raises(LookupError):
+            backend.update([(image, [other])], arena.reader, meanwhile=fail)
+        assert holds(image, [other], arena)
+
     def test_update_of_an_unmapped_image_is_refused(self, backend: DeviceBackend, arena: RealArena) -> None:
         image = backend.reserve(MIB)
         with pytest.raises(WeightstoreError, match="mapped"):

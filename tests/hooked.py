@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from engine_hooks.backend import Image, Run
+from engine_hooks.backend import Image, Meanwhile, Run
 from engine_hooks.host import HostBackend
 from weightstore.client import Store
 from weightstore.errors import DeviceError, DeviceMemoryError
@@ -56,16 +56,30 @@ class Faulty(HostBackend):
         self.fail[method] = max(0, left - 1)
         return left > 0
 
-    def wake(self, fills: Sequence[tuple[Image, Sequence[Run]]], source: ArenaMapping) -> None:
+    def wake(
+        self,
+        fills: Sequence[tuple[Image, Sequence[Run]]],
+        source: ArenaMapping,
+        meanwhile: Meanwhile | None = None,
+    ) -> None:
         if self._fails("wake"):
             raise DeviceMemoryError("no memory today")
-        super().wake(fills, source)
+        super().wake(fills, source, meanwhile)
 
-    def update(self, fills: Sequence[tuple[Image, Sequence[Run]]], source: ArenaMapping) -> None:
+    def update(
+        self,
+        fills: Sequence[tuple[Image, Sequence[Run]]],
+        source: ArenaMapping,
+        meanwhile: Meanwhile | None = None,
+    ) -> None:
+        half = [(image, runs[: max(1, len(runs) // 2)]) for image, runs in fills[:1]]
         if self._fails("update"):
-            super().update([(image, runs[: max(1, len(runs) // 2)]) for image, runs in fills[:1]], source)
+            super().update(half, source)
             raise DeviceError("the copy engine stopped")
-        super().update(fills, source)
+        if self._fails("landing"):  # found out only when the copies are waited for
+            super().update(half, source, meanwhile)
+            raise DeviceError("the copy engine stopped")
+        super().update(fills, source, meanwhile)
 
     def unmap(self, images: Sequence[Image]) -> None:
         if self._fails("unmap"):

@@ -473,7 +473,11 @@ def test_inference_mode_and_compiled_code_go_on(store: Store, model: str) -> Non
 # -- when something fails ------------------------------------------------------------------------------
 
 
-def test_a_refit_that_fails_half_way_is_broken_until_woken(store: Store, model: str) -> None:
+@pytest.mark.parametrize(("fault", "version"), [("update", 1), ("landing", 2)])
+def test_a_refit_that_fails_half_way_is_broken_until_woken(
+    store: Store, model: str, fault: str, version: int
+) -> None:
+    """What was copied for is what the lease had moved to by then."""
     backend = Faulty()
     modules = {"a": net(0), "b": net(1), "c": net(2)}
     with EngineHook.attach(store, model, modules, backend=backend) as hook:
@@ -481,7 +485,7 @@ def test_a_refit_that_fails_half_way_is_broken_until_woken(store: Store, model: 
         with store.refit(model, components=["a", "b"]) as refit:
             refit.put_module(net(3), prefix="a.")
             refit.put_module(net(4), prefix="b.")
-        backend.fail["update"] = 1
+        backend.fail[fault] = 1
         with pytest.raises(DeviceError, match="stopped"):
             hook.refit()
         assert hook.states == {"a": State.BROKEN, "b": State.BROKEN, "c": State.AWAKE}
@@ -496,12 +500,48 @@ def test_a_refit_that_fails_half_way_is_broken_until_woken(store: Store, model: 
             hook.wake()
         assert hook.state is State.BROKEN
         report = hook.wake()
-        assert (report.woken, report.version) == (("a", "b"), 2)
+        assert (report.woken, report.version) == (("a", "b"), version)
         assert len(report.changed) == 8
+        assert hook.verify().ok
+        assert hook.refit().version == 2
         assert hook.verify().ok
         assert int(modules["a"].steps) == 1
         for name, seed in (("a", 3), ("b", 4), ("c", 2)):
             assert torch.equal(modules[name](X), net(seed)(X))
+
+
+def test_one_refit_takes_an_engine_past_several_versions(store: Store, model: str) -> None:
+    modules = {"a": net(0), "b": net(1)}
+    with EngineHook.attach(store, model, modules) as hook:
+        told: list[tuple[str, ...]] = []
+        hook.after_refit(told.append)
+        for seed in (3, 4, 5):
+            with store.refit(model, components=["a"]) as refit:
+                refit.put_module(net(seed), prefix="a.")
+        with store.refit(model, components=["b"], partial=True) as refit:
+            refit.put("b.first.bias", net(6).first.bias)
+        report = hook.refit()
+        assert (report.version, report.previous, hook.version) == (5, 1, 5)
+        assert len(report.changed) == 5 and told == [report.changed]
+        assert torch.equal(modules["a"](X), net(5)(X))
+        assert torch.equal(modules["b"].first.bias, net(6).first.bias)
+        assert not hook.refit().changed and len(told) == 1
+        assert hook.verify().ok
+
+
+def test_callbacks_hear_of_what_changed_before_a_version_that_does_not_fit(store: Store, model: str) -> None:
+    engine = net()
+    with EngineHook.attach(store, model, {"net": engine}) as hook:
+        told: list[tuple[str, ...]] = []
+        hook.after_refit(told.append)
+        publish(store, model, {"net": net(1)})
+        with store.refit(model, extend=True, partial=True) as refit:
+            refit.put("net.extra", torch.ones(3))
+        with pytest.raises(AttachError, match=r"net\.extra is new"):
+            hook.refit()
+        assert hook.version == 2 and hook.state is State.AWAKE
+        assert [len(names) for names in told] == [4]
+        assert torch.equal(engine(X), net(1)(X))
 
 
 def test_a_broken_engine_can_be_put_to_sleep(store: Store, model: str) -> None:

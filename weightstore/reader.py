@@ -46,7 +46,7 @@ from weightstore.types import TensorRecord
 _log = logging.getLogger("weightstore")
 
 
-class _Offered(NamedTuple):
+class Offered(NamedTuple):
     """What the store offered. `records` is None for a torn version."""
 
     version: int
@@ -69,6 +69,8 @@ class Lease:
         follow: whether the lease moves with its tag.
         on_offer: called with the lease when an offer is pending, on the connection's thread: it may
             call `advance`, and must hand anything else over to another thread.
+        on_records: called on that thread with the version and records of every offer, also one that a parked
+            lease takes at once, before anybody can see it: to look at them while nobody waits.
     """
 
     def __init__(
@@ -85,13 +87,14 @@ class Lease:
         self.tag = tag
         self.follow = follow
         self.on_offer = on_offer
+        self.on_records: Callable[[int, Mapping[str, TensorRecord]], None] | None = None
         self._ended = ended
         self._link = link
         self._lock = threading.Lock()
         self._version = 0
         self._records: Mapping[str, TensorRecord] = {}
         self._mapping: ArenaMapping | None = None
-        self._offer: _Offered | None = None
+        self._offer: Offered | None = None
         self._parked = False
         self._torn = False
         self._released = False
@@ -121,6 +124,12 @@ class Lease:
         """The version offered and not yet taken."""
         offer = self._offer
         return None if offer is None else offer.version
+
+    @property
+    def offer(self) -> Offered | None:
+        """What is pending. The store keeps it until it is taken and this lease moves on from it, so that its
+        bytes may be read already."""
+        return self._offer
 
     @property
     def parked(self) -> bool:
@@ -308,7 +317,7 @@ class Lease:
 
     # -- moving ------------------------------------------------------------------------------------
 
-    def _take(self, offer: _Offered) -> None:
+    def _take(self, offer: Offered) -> None:
         self._offer = None
         self._move(offer.version, offer.torn, offer.records)
 
@@ -350,7 +359,12 @@ class Lease:
 
     def offered(self, connection: Connection, said: wire.Offer) -> None:
         # Decoded now, while nobody waits: whoever takes the offer is in a hurry.
-        offer = _Offered(said.version, said.torn, _decoded(said.records))
+        offer = Offered(said.version, said.torn, _decoded(said.records))
+        if self.on_records is not None and offer.records is not None:
+            try:
+                self.on_records(offer.version, offer.records)
+            except Exception:
+                _log.exception("on_records of %r failed", self)
         with self._lock:
             if self._held_by != (connection, said.lease):
                 return
