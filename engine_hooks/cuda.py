@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final, NamedTuple, cast
 
 import torch
@@ -39,6 +40,8 @@ from weightstore.sizes import format_size
 
 PIECE: Final = 2 << 30
 """Bytes mapped at once: 256 MiB to 2 GiB wake equally fast, and large pieces are unmapped faster."""
+FIRST_PIECE: Final = 128 << 20
+"""Bytes of a wake's first piece, each that follows being twice the one before: the first copy begins sooner."""
 ASSIST_BYTES: Final = 6 << 30
 """Bytes at the start of a wake that engine and kernel copy side by side: about what the driver scrubs
 meanwhile, if the memory was freed just before."""
@@ -53,6 +56,14 @@ class Transfer(NamedTuple):
     pinned_bytes: int
     staged_bytes: int
     staged_reason: str | None
+
+
+@dataclass
+class _Pace:
+    """How a wake goes on: bytes to map next, and bytes that engine and kernel still copy side by side."""
+
+    piece: int
+    beside: int
 
 
 class _Source(NamedTuple):
@@ -117,9 +128,9 @@ class CudaBackend:
             self._device.synchronize()  # kernels may still read the images that stayed mapped
         try:
             with self._device.current():
-                unassisted = self._assist_bytes if self._assist.ready else 0
+                pace = _Pace(min(FIRST_PIECE, self._piece), self._assist_bytes if self._assist.ready else 0)
                 for image, runs in todo:
-                    unassisted = self._fill(image, runs, copier, unassisted)
+                    self._fill(image, runs, copier, pace)
                 if meanwhile is not None:
                     meanwhile()
                 self._stream.synchronize()
@@ -197,26 +208,23 @@ class CudaBackend:
 
     # -- internals -----------------------------------------------------------------------------------
 
-    def _fill(self, image: CudaImage, runs: Sequence[Run], copier: Copier, beside: int) -> int:
-        """Map what is unmapped and enqueue the copies, piece by piece. `runs` are sorted by target.
-
-        Up to `beside` bytes are copied by the kernel beside the engine; returns how many of those are left.
-        """
+    def _fill(self, image: CudaImage, runs: Sequence[Run], copier: Copier, pace: _Pace) -> None:
+        """Map what is unmapped and enqueue the copies, piece by piece. `runs` are sorted by target."""
         if image.mapped:
             copier.to_device(list(_jobs(image, runs)), self._stream)
-            return beside
+            return
         targets = [run.target for run in runs]
         while image.mapped_bytes < image.nbytes:
-            start, end = image.map_next(self._piece)
+            start, end = image.map_next(pace.piece)
+            pace.piece = min(2 * pace.piece, self._piece)
             # The run before the first that starts here may reach into this piece.
             first = max(bisect.bisect_left(targets, start) - 1, 0)
             last = bisect.bisect_left(targets, end)
             jobs = list(_jobs(image, _clip(runs[first:last], start, end)))
-            if beside > 0:
+            if pace.beside > 0:
                 jobs, taken = self._share(jobs, copier)
-                beside -= taken
+                pace.beside -= taken
             copier.to_device(jobs, self._stream)
-        return beside
 
     def _share(self, jobs: Sequence[Job], copier: Copier) -> tuple[list[Job], int]:
         """Give the kernel half of each copy, where it can; what is left for the engine, and bytes shared."""

@@ -6,7 +6,8 @@ Invariants:
   order and each is mapped and accessible, or not there at all;
 - a piece's handle is released as soon as it is mapped, so unmapping alone gives the memory back;
 - the address range outlives every tensor made over it: it is given back to the driver when the image is
-  closed and the last such tensor is gone, so a stale pointer can fault but never meets foreign memory.
+  closed (or nobody holds it any more) and the last such tensor is gone, so a stale pointer can fault but
+  never meets foreign memory.
 
 Driver behaviour this relies on: one cuMemUnmap may cover several adjacent mappings; memory is freed when its
 last mapping and handle are gone; a pointer can be identified (as torch does) only while it is mapped.
@@ -48,13 +49,37 @@ def granularity(device: Device) -> int:
         return int(call("cuMemGetAllocationGranularity", _placement(device)[0], flag))
 
 
+class _Backing:
+    """What the driver has given for one image: the addresses, and how much of them is backed by memory."""
+
+    def __init__(self, device: Device, nbytes: int) -> None:
+        self.device = device
+        self.nbytes = nbytes
+        self.mapped_bytes = 0
+        with device.current():
+            self.address = int(call("cuMemAddressReserve", nbytes, 0, 0, 0))
+
+    def unmap(self) -> None:
+        """Idempotent."""
+        if self.mapped_bytes:
+            with self.device.current():
+                call("cuMemUnmap", self.address, self.mapped_bytes)
+            self.mapped_bytes = 0
+
+    def free(self) -> None:
+        if self.mapped_bytes:  # its owner never closed it; work of his may still be touching it
+            self.device.synchronize()
+            self.unmap()
+        with self.device.current():
+            call("cuMemAddressFree", self.address, self.nbytes)
+
+
 class _Range:
     """A reserved address range; what torch keeps alive for as long as a tensor over it lives."""
 
     def __init__(self, device: Device, nbytes: int) -> None:
-        self.nbytes = nbytes
-        with device.current():
-            self.address = int(call("cuMemAddressReserve", nbytes, 0, 0, 0))
+        self.backing = _Backing(device, nbytes)
+        self.address = self.backing.address
         self.__cuda_array_interface__ = {
             "shape": (nbytes,),
             "typestr": "|u1",
@@ -62,12 +87,7 @@ class _Range:
             "version": 3,
         }
         # Not at exit: by then the driver may be gone, and the process takes its addresses with it.
-        weakref.finalize(self, _free_range, device, self.address, nbytes).atexit = False
-
-
-def _free_range(device: Device, address: int, nbytes: int) -> None:
-    with device.current():
-        call("cuMemAddressFree", address, nbytes)
+        weakref.finalize(self, self.backing.free).atexit = False
 
 
 class CudaImage:
@@ -83,8 +103,8 @@ class CudaImage:
         """
         self._device = device
         self.nbytes = align_up(max(nbytes, 1), granularity(device))
-        self.mapped_bytes = 0
         self._range: _Range | None = _Range(device, self.nbytes)
+        self._backing = self._range.backing
         self.address = self._range.address
         self.map_next(granularity(device))
         try:
@@ -98,6 +118,10 @@ class CudaImage:
                 f"torch copied an image instead of aliasing it ({self._tensor.data_ptr():#x} is not "
                 f"{self.address:#x}); this torch ({torch.__version__}) cannot be used with CUDA images"
             )
+
+    @property
+    def mapped_bytes(self) -> int:
+        return self._backing.mapped_bytes
 
     @property
     def mapped(self) -> bool:
@@ -128,15 +152,12 @@ class CudaImage:
             except DeviceError:
                 call("cuMemUnmap", address, size)
                 raise
-        self.mapped_bytes = start + size
+        self._backing.mapped_bytes = start + size
         return start, start + size
 
     def unmap(self) -> None:
         """Give the memory back. The caller has waited for all work that touches it. Idempotent."""
-        if self.mapped_bytes:
-            with self._device.current():
-                call("cuMemUnmap", self.address, self.mapped_bytes)
-            self.mapped_bytes = 0
+        self._backing.unmap()
 
     def close(self) -> None:
         """Unmap, and let go of the address once no tensor needs it. Idempotent."""

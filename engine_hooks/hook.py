@@ -297,8 +297,7 @@ class EngineHook:
                         merged += sums
                         self._changed(awake)
                 except BaseException:
-                    if self.state is State.AWAKE:
-                        self._tell_untold()  # of the steps that succeeded: generations go on with them
+                    self._tell_untold()
                     raise
                 report = RefitReport(
                     version=self.version,
@@ -449,8 +448,8 @@ class EngineHook:
             raise first
 
     def _tell_untold(self) -> None:
-        """As `_tell` if there is something to tell, on the way out with another error."""
-        if self._untold:
+        """As `_tell`, on the way out with another error: generations go on with the steps that succeeded."""
+        if self._untold and self.state is State.AWAKE:
             try:
                 self._tell()
             except Exception as error:
