@@ -41,7 +41,7 @@ from weightstore.sizes import format_size
 PIECE: Final = 2 << 30
 """Bytes mapped at once: 256 MiB to 2 GiB wake equally fast, and large pieces are unmapped faster."""
 FIRST_PIECE: Final = 128 << 20
-"""Bytes of a wake's first piece, each that follows being twice the one before: the first copy begins sooner."""
+"""Bytes of a wake's first piece, so that copies begin soon; each that follows is twice the one before."""
 ASSIST_BYTES: Final = 6 << 30
 """Bytes at the start of a wake that engine and kernel copy side by side: about what the driver scrubs
 meanwhile, if the memory was freed just before."""

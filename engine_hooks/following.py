@@ -99,7 +99,6 @@ class Following:
     def parked(self) -> bool:
         return self._lease.parked
 
-    @property
     def behind(self) -> bool:
         """Whether there is another version to take than the images hold."""
         return self._lease.pending is not None or self._lease.version != self.held.version

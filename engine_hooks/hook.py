@@ -277,11 +277,11 @@ class EngineHook:
                 raise EngineBroken(
                     "a component is broken and cannot take a change; call wake() to fill it anew"
                 )
-            if not following.behind:
+            if not following.behind():
                 following.hear()
             following.require_usable()
             asleep = self.state is State.ASLEEP
-            if asleep or not following.behind:
+            if asleep or not following.behind():
                 version = following.newest
                 return RefitReport(
                     version, previous.version, asleep, (), 0, 0, 0, 0.0, time.perf_counter() - began
@@ -291,7 +291,7 @@ class EngineHook:
             merged = 0
             with self._drained(drain_timeout) as waited:
                 try:
-                    while following.behind:  # the store offers a version at a time
+                    while following.behind():  # the store offers a version at a time
                         copied, sums = self._follow()
                         runs += copied
                         merged += sums
