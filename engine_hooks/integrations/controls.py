@@ -263,8 +263,8 @@ class Controls:
                 self._did("refit", report if report.version != report.previous else None)
                 return report
         raise UsageError(
-            f"tag {hook.tag!r} moves faster than refits: it names version {named}, and after {_TRIES} of them "
-            f"the engine has {hook.version}",
+            f"tag {hook.tag!r} moves faster than refits: it names version {named}, and after {_TRIES} "
+            f"of them the engine has {hook.version}",
             version=hook.version,
         )
 
