@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,6 +16,8 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+import serving_process
+import tiny_pipelines
 import torch
 from fastapi import FastAPI
 from hooked import Faulty, fresh_model, publish
@@ -587,3 +592,133 @@ def test_without_starlette_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delitem(sys.modules, "engine_hooks.integrations.http")
     with pytest.raises(DependencyMissing, match=r"weightstore\[http\]"):
         importlib.import_module("engine_hooks.integrations.http")
+
+
+# -- a server process ----------------------------------------------------------------------------------
+
+
+class SGLangClient:
+    """What a trainer written for SGLang Diffusion does: it knows nothing of a store."""
+
+    def __init__(self, port: int) -> None:
+        self._call = Client(port)
+
+    def _post(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        status, answer = self._call.post(path, body)
+        if status != 200:
+            raise RuntimeError(status, answer)
+        assert isinstance(answer, dict)
+        return answer
+
+    def generate(self, prompt: str, seed: int) -> str:
+        answer = self._post("/v1/images/generations", {"prompt": prompt, "seed": seed})
+        return str(answer["data"][0]["b64_json"])
+
+    def release_memory_occupation(self) -> None:
+        answer = self._post(RELEASE, {})
+        assert answer["success"] and answer["sleeping"], answer
+
+    def resume_memory_occupation(self) -> None:
+        answer = self._post(RESUME, {})
+        assert answer["success"] and not answer["sleeping"], answer
+
+    def checksums(self, names: list[str] | None = None) -> dict[str, Any]:
+        return self._post(CHECKSUM, {"module_names": names})
+
+    def check(self, module: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        digests = {}
+        for name, tensor in tensors.items():
+            total = hashlib.sha256(str(tensor.dtype).encode())
+            total.update(repr(tuple(tensor.shape)).encode())
+            total.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            digests[name] = total.hexdigest()
+        return self._post(CHECK, {"target_module": module, "expected_named_tensors_sha256": digests})
+
+
+def digest_of(module: nn.Module) -> str:
+    """A module's checksum, as a trainer computes it for comparison."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(module.named_parameters()):
+        total.update(name.encode())
+        total.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums come out the same in another process if both use as many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def server(store: Store) -> Iterator[tuple[str, SGLangClient]]:
+    """The model's name, and a client of a process that serves it."""
+    model = fresh_model()
+    command = [sys.executable, str(Path(serving_process.__file__)), store.socket, model]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+    )
+    with process:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            yield model, SGLangClient(int(process.stdout.readline()))
+        finally:
+            process.stdin.close()
+            try:
+                assert process.wait(PATIENCE) == 0
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+
+
+def test_a_client_written_for_sglang_works_unchanged(
+    store: Store, server: tuple[str, SGLangClient], one_thread: None
+) -> None:
+    model, client = server
+    reference = tiny_pipelines.build(serving_process.KIND)
+    parts = tiny_pipelines.modules_of(reference)
+
+    def expected(seed: int) -> str:
+        return serving_process.encode(tiny_pipelines.generate(reference, "a cat", seed))
+
+    first = client.generate("a cat", seed=1)
+    assert first == expected(1)
+    assert client.checksums() == {name: digest_of(part) for name, part in parts.items()}
+    with pytest.raises(RuntimeError, match="400") as refused:
+        client.check("transformer", {"nothing.weight": torch.zeros(1)})
+    assert "nothing.weight" in str(refused.value)
+
+    for step in range(2):
+        client.release_memory_occupation()
+        client.release_memory_occupation()
+        with pytest.raises(RuntimeError, match="400") as refused:
+            client.generate("a cat", seed=1)
+        assert "sleeping" in str(refused.value)
+
+        # The trainer's step. It writes to the store, and the client says nothing of that but this one call.
+        trained = parts["transformer"]
+        with torch.no_grad():
+            for parameter in trained.parameters():
+                parameter.mul_(1.05 + step)
+        with store.refit(model, tag="policy", components=["transformer"]) as refit:
+            refit.put_module(trained, prefix="transformer.")
+        client._post(UPDATE, {"model": model, "tag": "policy", "version": refit.report.version})
+
+        client.resume_memory_occupation()
+        client.resume_memory_occupation()
+        image = client.generate("a cat", seed=1)
+        assert image == expected(1)
+        assert image != first
+        assert client.checksums(["transformer", "nobody"]) == {
+            "transformer": digest_of(trained),
+            "nobody": "not_found",
+        }
+        tensors = {name: tensor for name, tensor in trained.named_parameters() if "proj_out" in name}
+        assert client.check("transformer", tensors)["success"]
+
+    with pytest.raises(RuntimeError, match="400"):
+        client.check("transformer", {name: tensor + 1 for name, tensor in tensors.items()})
