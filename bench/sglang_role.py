@@ -1,0 +1,223 @@
+"""One real SGLang Diffusion engine, unmodified, that does what it is told on stdin: for `sglang_engine`.
+
+Commands and answers are lines of JSON. The engine is SGLang's own generator with its spawned worker, driven
+through its scheduler's requests, which are what its HTTP endpoints send. Only the standard library is
+imported at module scope, since the worker executes this file again.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from typing import Any
+
+_CPU_SHIM = """
+import importlib.abc, importlib.util, sys
+class Loader(importlib.abc.Loader):
+    def __init__(self, inner): self.inner = inner
+    def create_module(self, spec): return self.inner.create_module(spec)
+    def exec_module(self, module):
+        self.inner.exec_module(module)
+        module.cuda.synchronize = lambda *a, **k: None
+        module.cpu.empty_cache = lambda: None
+class Finder(importlib.abc.MetaPathFinder):
+    busy = False
+    def find_spec(self, name, path, target=None):
+        if name != "torch" or self.busy: return None
+        self.busy = True
+        try: spec = importlib.util.find_spec("torch")
+        finally: self.busy = False
+        spec.loader = Loader(spec.loader)
+        return spec
+sys.meta_path.insert(0, Finder())
+"""
+"""For a rehearsal without a GPU: two functions that stock's release calls and a CPU build lacks."""
+
+
+class Engine:
+    """The generator and its scheduler's client."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+        self.device = "cpu" if config["cpu"] else "cuda"
+        from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator
+        from sglang.multimodal_gen.runtime.entrypoints.post_training import io_struct
+        from sglang.multimodal_gen.runtime.scheduler_client import sync_scheduler_client
+
+        self.requests = io_struct
+        self.client = sync_scheduler_client
+        began = time.perf_counter()
+        self.generator = DiffGenerator.from_pretrained(
+            model_path=config["model"],
+            num_gpus=1,
+            attention_backend="torch_sdpa",
+            warmup_mode="off",
+            log_level="info",
+            output_path=tempfile.mkdtemp(prefix="sglang-bench-"),
+            **config["arguments"],
+        )
+        self.start_seconds = time.perf_counter() - began
+
+    def generate(self) -> dict[str, Any]:
+        """An image's hashes: of the pixels, and of all latents on the way."""
+        import numpy as np
+
+        began = time.perf_counter()
+        side = self.config["side"]
+        result = self.generator.generate(
+            sampling_params_kwargs={
+                "prompt": "a photo of a cat sitting on a red mat",
+                "height": side,
+                "width": side,
+                "num_inference_steps": self.config["steps"],
+                "guidance_scale": 3.5,
+                "seed": 42,
+                "save_output": False,
+                "return_frames": True,
+                "return_file_paths_only": False,
+                "return_trajectory_latents": True,
+            }
+        )
+        if result is None:
+            return {"refused": True, "seconds": time.perf_counter() - began}
+        frames = result.frames if result.frames is not None else result.samples
+        pixels = np.ascontiguousarray(np.stack([np.asarray(frame) for frame in frames]))
+        latents = result.trajectory_latents.detach().float().cpu().contiguous().numpy()
+        return {
+            "pixels": hashlib.sha256(pixels.tobytes()).hexdigest()[:16],
+            "latents": hashlib.sha256(latents.tobytes()).hexdigest()[:16],
+            "spread": float(pixels.std()),
+            "seconds": time.perf_counter() - began,
+        }
+
+    def _ask(self, request: Any) -> dict[str, Any]:
+        began = time.perf_counter()
+        answer = self.client.forward(request)
+        seconds = time.perf_counter() - began
+        return {"output": answer.output, "error": answer.error, "seconds": seconds}
+
+    def release(self) -> dict[str, Any]:
+        return self._ask(self.requests.ReleaseMemoryOccupationReqInput())
+
+    def resume(self) -> dict[str, Any]:
+        return self._ask(self.requests.ResumeMemoryOccupationReqInput())
+
+    def checksum(self, modules: list[str] | None = None) -> dict[str, Any]:
+        return self._ask(self.requests.GetWeightsChecksumReqInput(module_names=modules))
+
+    def update(self, model_path: str) -> dict[str, Any]:
+        return self._ask(self.requests.UpdateWeightFromDiskReqInput(model_path=model_path))
+
+    def push(self, factor: float, prefixes: list[str]) -> dict[str, Any]:
+        """Stock's way to new weights: tensors of the checkpoint times a factor, as one flattened bucket.
+
+        `prepare` is what a trainer does first (read, scale, flatten, serialize) and not counted.
+        """
+        began = time.perf_counter()
+        tensors = scaled(self.config["model"], factor, prefixes, self.device)
+        from sglang.srt.utils import MultiprocessingSerializer
+        from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
+
+        if self.device == "cuda":
+            from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
+
+            monkey_patch_torch_reductions()
+        bucket = FlattenedTensorBucket(named_tensors=list(tensors.items()))
+        flat = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
+        payload = MultiprocessingSerializer.serialize({"transformer": flat}, output_str=True)
+        prepare = time.perf_counter() - began
+        answer = self._ask(
+            self.requests.UpdateWeightFromTensorReqInput(
+                serialized_named_tensors=[payload],
+                load_format="flattened_bucket",
+                target_modules=["transformer"],
+            )
+        )
+        nbytes = flat["flattened_tensor"].numel() * flat["flattened_tensor"].element_size()
+        return {**answer, "prepare": prepare, "bytes": nbytes}
+
+    def memory(self) -> dict[str, Any]:
+        """What the engine's processes hold: proportional set on the host, and its private part."""
+        found: dict[str, Any] = {"host": {}}
+        for pid in descendants(os.getpid()):
+            sums = rollup(pid)
+            if sums:
+                found["host"][str(pid)] = sums
+        return found
+
+
+def scaled(model: str, factor: float, prefixes: list[str], device: str) -> dict[str, Any]:
+    """The checkpoint's transformer tensors whose names begin so, times a factor, in their own dtype."""
+    from safetensors import safe_open
+
+    tensors = {}
+    for path in sorted(glob.glob(os.path.join(model, "transformer", "*.safetensors"))):
+        with safe_open(path, framework="pt", device=device) as file:
+            for name in file.keys():  # noqa: SIM118
+                if name.startswith(tuple(prefixes)):
+                    tensor = file.get_tensor(name)
+                    tensors[name] = tensor if factor == 1.0 else tensor * factor
+    return tensors
+
+
+def descendants(pid: int) -> list[int]:
+    found = [pid]
+    for parent in found:
+        try:
+            with open(f"/proc/{parent}/task/{parent}/children") as file:
+                found += [int(child) for child in file.read().split()]
+        except OSError:
+            continue  # it has ended
+    return found
+
+
+def rollup(pid: int) -> dict[str, int]:
+    """Bytes by kind from /proc/PID/smaps_rollup; locked and shared pages count by their share in Pss."""
+    sums = {}
+    try:
+        with open(f"/proc/{pid}/smaps_rollup") as file:
+            for line in file:
+                name, _, rest = line.partition(":")
+                if name in ("Rss", "Pss", "Pss_Anon", "Pss_Shmem", "Locked"):
+                    sums[name] = int(rest.split()[0]) * 1024
+    except OSError:
+        return {}  # it has ended, or is not ours to look at
+    return sums
+
+
+def main() -> None:
+    config = json.loads(sys.argv[1])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever prints must not break the protocol
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    if config["cpu"]:
+        os.environ["SGLANG_DIFFUSION_PLATFORM_OVERRIDE"] = "cpu"
+        folder = tempfile.mkdtemp(prefix="sglang-shim-")
+        with open(os.path.join(folder, "sitecustomize.py"), "w") as file:
+            file.write(_CPU_SHIM)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+        exec(compile(_CPU_SHIM, "shim", "exec"), {"__name__": "shim"})
+    began = time.perf_counter()
+    engine = Engine(config)
+    started = {"import_and_start": time.perf_counter() - began, "start": engine.start_seconds}
+    print(json.dumps({"started": started}), file=answers, flush=True)
+    for line in sys.stdin:
+        command = json.loads(line)
+        name = command.pop("command")
+        if name == "end":
+            break
+        try:
+            answer = getattr(engine, name)(**command)
+        except Exception as error:
+            answer = {"failed": f"{type(error).__name__}: {error}"[:2000]}
+        print(json.dumps(answer), file=answers, flush=True)
+    engine.generator.shutdown()
+
+
+if __name__ == "__main__":
+    main()
