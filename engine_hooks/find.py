@@ -156,7 +156,11 @@ def unbindable(tensor: torch.Tensor) -> str | None:
         return "is not initialised yet; run one forward first"
     if getattr(cls, "__torch_dispatch__", None) is not torch.Tensor.__torch_dispatch__:
         return f"is a {cls.__name__}, a tensor subclass that holds its data elsewhere (sharded or quantised)"
-    if any(getattr(tensor, mark, None) is not None for mark in ("quant_state", "quant_type", "SCB", "CB")):
+    # bitsandbytes' 8-bit weights hand their state over to the module at the first forward: the class stays.
+    marked = any(
+        getattr(tensor, mark, None) is not None for mark in ("quant_state", "quant_type", "SCB", "CB")
+    )
+    if marked or cls.__module__.partition(".")[0] == "bitsandbytes":
         return f"is a {cls.__name__} with quantisation state of its own"
     if tensor.is_quantized:
         return f"is quantised ({tensor.dtype})"

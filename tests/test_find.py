@@ -105,6 +105,13 @@ def quantised_parameter() -> nn.Parameter:
     return parameter
 
 
+def used_quantised_parameter() -> nn.Parameter:
+    """As an 8-bit weight of bitsandbytes is after its first forward: nothing tells but its class."""
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.__class__ = type("Int8Params", (nn.Parameter,), {"__module__": "bitsandbytes.nn.modules"})
+    return parameter
+
+
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize(
     ("make", "why"),
@@ -113,9 +120,10 @@ def quantised_parameter() -> nn.Parameter:
         (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "quantised"),
         (lambda: torch.ones(2).as_subclass(Dispatching), "Dispatching"),
         (quantised_parameter, "quantisation state"),
+        (used_quantised_parameter, "Int8Params with quantisation state"),
         (lambda: nn.LazyLinear(2).weight, "not initialised"),
     ],
-    ids=["sparse", "quantised", "dispatching subclass", "bitsandbytes-like", "lazy"],
+    ids=["sparse", "quantised", "dispatching subclass", "bitsandbytes-like", "used", "lazy"],
 )
 def test_what_cannot_be_bound_says_why(make: Callable[[], torch.Tensor], why: str) -> None:
     assert why in str(unbindable(make()))
