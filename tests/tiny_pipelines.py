@@ -202,20 +202,20 @@ def _qwen_vl(tokenizer: Any) -> nn.Module:
 # -- VAEs -----------------------------------------------------------------------------------------------
 
 
-def _vae(latent_channels: int) -> nn.Module:
+def _vae(quant_conv: bool = False) -> nn.Module:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
         block_out_channels=[8, 16],
         down_block_types=["DownEncoderBlock2D"] * 2,
         up_block_types=["UpDecoderBlock2D"] * 2,
-        latent_channels=latent_channels,
+        latent_channels=4,
         norm_num_groups=4,
         sample_size=16,
         scaling_factor=0.5,
         shift_factor=0.1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
+        use_quant_conv=quant_conv,
+        use_post_quant_conv=quant_conv,
     )
 
 
@@ -249,7 +249,7 @@ def _flux() -> Any:
     clip, t5 = _clip_tokenizer(), _t5_tokenizer()
     return FluxPipeline(
         scheduler=_flow(use_dynamic_shifting=True),
-        vae=_vae(4),
+        vae=_vae(),
         text_encoder=_clip(clip, projection=False),
         tokenizer=clip,
         text_encoder_2=_t5(t5),
@@ -339,7 +339,7 @@ def _sd3() -> Any:
             qk_norm="rms_norm",
         ),
         scheduler=_flow(shift=3.0),
-        vae=_vae(4),
+        vae=_vae(),
         text_encoder=_clip(clip, projection=True),
         tokenizer=clip,
         text_encoder_2=_clip(clip, projection=True),
@@ -363,7 +363,7 @@ def _sdxl() -> Any:
 
     tokenizer = _clip_tokenizer()
     return StableDiffusionXLPipeline(
-        vae=_vae(4),
+        vae=_vae(quant_conv=True),
         text_encoder=_clip(tokenizer, projection=False),
         text_encoder_2=_clip(tokenizer, projection=True),
         tokenizer=tokenizer,
