@@ -19,8 +19,8 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 import weightstore
-from engine_hooks import EngineHook
 from engine_hooks.integrations.controls import Controls
+from engine_hooks.integrations.diffusers import attach_pipeline
 from engine_hooks.integrations.http import control_routes, handle_asleep
 
 KIND = "flux"
@@ -40,7 +40,7 @@ def main(path: str, model: str) -> None:
     pipe = tiny_pipelines.build(KIND)
     one_at_a_time = threading.Lock()
     with weightstore.connect(path) as store:
-        hook = EngineHook.attach(store, model, tiny_pipelines.modules_of(pipe), tag="policy")
+        hook = attach_pipeline(store, model, pipe, tag="policy")
         controls = Controls(hook)
         app = handle_asleep(FastAPI())
 

@@ -51,9 +51,10 @@ def run(example: str, *options: str) -> str:
 
 
 def test_examples_are_short_and_tested() -> None:
-    assert [path.stem for path in EXAMPLES] == ["ddp_finetune", "fsdp2_finetune", "peft_lora"]
-    for path in EXAMPLES:
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= 60, path.name
+    lines = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES}
+    assert list(lines) == ["ddp_finetune", "fsdp2_finetune", "peft_lora", "serve", "serve_trainer"]
+    for name, count in lines.items():
+        assert count <= (110 if name.startswith("serve") else 60), name
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
@@ -75,3 +76,20 @@ def test_lora_as_adapters() -> None:
     lines = run("peft_lora", "--adapters-only").splitlines()
     assert len(lines) == 3
     assert all(line.endswith("the engine merged 8") for line in lines)
+
+
+def test_a_server_and_its_trainer(store: Store) -> None:
+    output = run("serve_trainer", "--socket", store.socket, "--steps", "2", "--updates", "5")
+    head, *rows, same, other = output.splitlines()
+    phases = ["generate", "sleep", "train", "refit", "wake"]
+    assert head.split() == ["step", "loss", *phases, "seconds"]
+    for step, row in enumerate(rows):
+        number, loss, *seconds = map(float, row.split())
+        assert (number, len(seconds)) == (step, len(phases))
+        assert loss > 0
+        assert sum(seconds) > 0
+    assert len(rows) == 2
+    assert same.endswith("bit for bit: True")
+    assert other.endswith("before training: True")
+    assert store.tags("digits") == {"policy": 3}
+    assert not [lease for lease in store.status().leases if lease.model == "digits"]  # the server is gone
