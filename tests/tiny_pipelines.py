@@ -98,10 +98,13 @@ def _fill(module: nn.Module) -> None:
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
-    """As diffusers does: what a class says it keeps in float32 stays float32."""
-    kept = getattr(module, "_keep_in_fp32_modules", None) or []
+    """As from_pretrained does, with the modules that a class keeps in float32: transformers, from float16."""
+    from diffusers import ModelMixin
+
+    kept = isinstance(module, ModelMixin) or dtype is torch.float16
+    parts = (getattr(module, "_keep_in_fp32_modules", None) or ()) if kept else ()
     for name, tensor in module.state_dict(keep_vars=True).items():
-        if tensor.is_floating_point() and not any(part in kept for part in name.split(".")):
+        if tensor.is_floating_point() and not any(part in parts for part in name.split(".")):
             tensor.data = tensor.data.to(dtype)
 
 
