@@ -27,6 +27,8 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
+from test_docs import DOCS
+from test_docs import run as run_page
 from torch import nn
 
 import weightstore
@@ -722,3 +724,22 @@ def test_a_client_written_for_sglang_works_unchanged(
 
     with pytest.raises(RuntimeError, match="400"):
         client.check("transformer", {name: tensor + 1 for name, tensor in tensors.items()})
+
+
+def test_the_page_says_what_happens(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    namespace: dict[str, Any] = {"store": store, "pipe": tiny_pipelines.build("flux")}
+    namespace["trained"] = tiny_pipelines.build("flux", seed=1).transformer
+    namespace["draw"] = tiny_pipelines.generate
+    with ExitStack() as stack:
+
+        def serve(app: Any, host: str, port: int) -> None:
+            stack.callback(namespace["hook"].close)
+            client = stack.enter_context(Serving(app))
+            namespace["url"] = f"http://{host}:{client.port}"
+            status, body = client.post("/generate?prompt=cat")
+            assert (status, body) == (200, {"version": 1, "pixels": [1, 3, 16, 16]})
+
+        monkeypatch.setattr("uvicorn.run", serve)
+        assert run_page(DOCS / "integrations" / "http.md", namespace, tmp_path, json_as="") == 3
