@@ -65,7 +65,7 @@ def attach_pipeline(
 
     Args:
         pipe: anything with diffusers' `components`.
-        device: where to (default: where the pipeline is).
+        device: where to (default: where the pipeline runs).
         skip: components to leave alone, where they are and as they are.
         options: `ignore`, `drain_timeout`, `publish_timeout`, `backend`, as `EngineHook.attach` takes them.
 
@@ -76,7 +76,8 @@ def attach_pipeline(
     modules, inside = _modules(pipe, skip)
     if not modules:
         raise AttachError("there is nothing to attach: the pipeline has no models, or all are in skip")
-    target = torch.device(pipe.device if device is None else device)
+    runs_on = getattr(pipe, "_execution_device", pipe.device) if device is None else device
+    target = torch.device(runs_on)
     if target.type == "meta":
         raise UsageError(
             "the pipeline is on the meta device: say where it is to run, device='cuda:0' or 'cpu'"
