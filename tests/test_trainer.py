@@ -15,6 +15,7 @@ from fake_store import PATIENCE, FakeArena, FakeStore, record
 from service_process import ServiceProcess
 
 import weightstore.copies
+import weightstore.writing
 from weightstore import wire
 from weightstore.client import Store
 from weightstore.errors import (
@@ -31,6 +32,7 @@ from weightstore.errors import (
 from weightstore.tensors import DTYPES, same_bits
 from weightstore.trainer import MOVES, State
 from weightstore.types import TensorRecord, TensorSpec
+from weightstore.writing import GROUP
 
 
 @pytest.fixture(scope="module")
@@ -439,6 +441,69 @@ def test_a_copy_that_fails_does_not_count_as_written(store: Store, monkeypatch: 
     assert set(caught.value.details["missing"]) == set(BASE)
     refit.put_many(BASE)
     assert refit.commit() == 2
+
+
+MANY = {f"t.w{i}": torch.full((3,), float(i)) for i in range(2 * GROUP + 10)}
+
+
+@pytest.fixture
+def in_groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What is done for tensors of a device, done for the CPU's; how many tensors each copy was of."""
+    copied: list[int] = []
+    real = weightstore.copies.copy_all
+
+    def copy_all(pairs: Any, mapping: Any) -> None:
+        pairs = list(pairs)
+        copied.append(len(pairs))
+        real(pairs, mapping)
+
+    monkeypatch.setattr(weightstore.writing, "copied_later", lambda tensor: True)
+    monkeypatch.setattr(weightstore.copies, "copy_all", copy_all)
+    return copied
+
+
+def test_many_tensors_of_a_device_are_looked_at_in_groups(store: Store, in_groups: list[int]) -> None:
+    publish(store, MANY)
+    assert in_groups == [len(MANY)]  # places had to be found first
+    new = {name: tensor + 0.5 for name, tensor in MANY.items()}
+    publish(store, new)
+    assert in_groups[1:] == [GROUP, GROUP, 10]
+    for name, tensor in new.items():
+        assert torch.equal(read(store, name), tensor)
+
+
+@pytest.mark.parametrize("mistake", ["unknown", "twice", "mismatched", "dtype"])
+def test_a_mistake_in_a_late_group_undoes_the_call(store: Store, in_groups: list[int], mistake: str) -> None:
+    publish(store, MANY)
+    given: list[tuple[str, Any]] = list(MANY.items())
+    if mistake == "unknown":
+        given[5] = ("t.early", torch.ones(3))
+        given.append(("t.late", torch.ones(3)))
+    elif mistake == "twice":
+        given.append(given[0])
+    elif mistake == "mismatched":
+        given[-1] = (given[-1][0], torch.ones(4))
+    else:
+        given[-1] = (given[-1][0], torch.full((3,), 1e39, dtype=torch.float64))
+    refit = store.refit(MODEL())
+    with pytest.raises(UsageError) as caught:
+        refit.put_many(given)
+    if mistake == "unknown":
+        assert caught.value.details == {"unknown": ["t.early", "t.late"]}
+    with pytest.raises(CoverageError) as missing:
+        refit.commit()
+    assert set(missing.value.details["missing"]) == set(MANY)
+    refit.put_many({name: tensor * 2 for name, tensor in MANY.items()})
+    refit.commit()
+    assert all(torch.equal(read(store, name), tensor * 2) for name, tensor in list(MANY.items())[::50])
+
+
+def test_tied_tensors_are_looked_at_together(store: Store, in_groups: list[int]) -> None:
+    shared = torch.arange(4.0)
+    publish(store, {**MANY, "t.first": shared, "t.last": shared})
+    in_groups.clear()
+    publish(store, {"t.first": shared, **MANY, "t.last": shared})
+    assert in_groups == [len(MANY) + 1]
 
 
 def test_commit_and_abort_wait_for_copies(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

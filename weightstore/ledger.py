@@ -44,7 +44,8 @@ class Item(msgspec.Struct, gc=False):
 
 
 class Ledger:
-    """`what` names the refit in messages; `base` is empty if there is none (`has_base`)."""
+    """`what` names the refit in messages. `base` may be left out (not so `has_base`) if all of it that may be
+    written has one of the `places`."""
 
     def __init__(
         self,
@@ -53,8 +54,9 @@ class Ledger:
         has_base: bool,
         components: Sequence[str] | None,
         extend: bool,
+        places: Iterable[TensorRecord] = (),
     ) -> None:
-        self.places: dict[str, TensorRecord] = {}
+        self.places = {record.name: record for record in places}
         self._what = what
         self._base = base
         self._closed = has_base and not extend
@@ -69,6 +71,14 @@ class Ledger:
     def known(self) -> Mapping[str, TensorRecord]:
         """What names have to look like, now and later: the base's records, then places of new ones."""
         return ChainMap(dict(self._base), self.places)
+
+    @property
+    def untied(self) -> bool:
+        """Whether no two names are known to share their bytes."""
+        known = self._base or self.places
+        return len({r.offset for r in known.values() if r.nbytes}) == sum(
+            1 for r in known.values() if r.nbytes
+        )
 
     def expected(self, name: str) -> TensorRecord | None:
         """The dtype, shape and stride `name` has to have; None for a new name."""
@@ -105,13 +115,15 @@ class Ledger:
                 written before, or is given twice here.
         """
         problems = Problems(self._what)
-        whole: set[Hashable] = set()
+        wanted, parts = list(wanted), list(parts)
         for name, dtype, shape in wanted:
             self._judge(problems, name, dtype, shape, cast)
-            item = self.item(name)
-            if item is not None and (item.boxes or (name in item.names and not again)):
-                problems.add("duplicate", name)
-            whole.add(self.tie(name))
+        if self._items:
+            for name, _, _ in wanted:
+                item = self.item(name)
+                if item is not None and (item.boxes or (name in item.names and not again)):
+                    problems.add("duplicate", name)
+        whole = {self.tie(name) for name, _, _ in wanted} if parts else set()
         here: dict[Hashable, list[Box]] = {}
         for name, dtype, box, spec in parts:
             key = self.tie(name)
@@ -127,6 +139,8 @@ class Ledger:
         expected = self.expected(name)
         if not self._in_scope(name):
             problems.add("undeclared", name)
+        elif expected is not None and expected.dtype == dtype and expected.shape == shape:
+            return expected
         elif expected is None:
             if self._closed:
                 problems.add("unknown", name)

@@ -187,7 +187,7 @@ class Requests:
             id=request.id,
             refit=refit.number,
             base=base.number if base is not None else 0,
-            base_records=base.encoded if base is not None else wire.encode_records([]),
+            base_records=wire.encode_records([]) if base is None or request.all_placed else base.encoded,
             targets=list(refit.targets.values()),
             names=refit.names,
         )

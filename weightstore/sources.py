@@ -89,20 +89,23 @@ def gather(
     """
     call = Call([], [], [])
     writers = writers or Writers()
-    seen: set[tuple[str, Row | None]] = set()
+    seen: set[object] = set()
     ties: dict[tuple[object, ...], str] = {}
+    wholes = _Wholes()
     lonely = []
     shared = writers.replicated and writers.world_size > 1
-    for name, value, row in items:
-        if (name, row) in seen:
+    for number, (name, value, row) in enumerate(items, 1):
+        seen.add(name if row is None else (name, row))
+        if len(seen) < number:
             raise CoverageError(
                 f"tensor {name!r} is given twice in one call; nothing was written", duplicate=[name]
             )
-        seen.add((name, row))
         given = name if row is None or row.source is None else row.source
-        if not (shared or is_dtensor(value) or _is_cut(row)):
+        kind = type(value)
+        dense = kind is torch.nn.Parameter or kind is torch.Tensor or not is_dtensor(value)
+        if dense and not shared and (row is None or not _is_cut(row)):
             # Nearly all tensors of nearly all trainers: what follows would make this of them, more slowly.
-            call.sources.append(_whole_source(name, as_tensor(given, value), ties))
+            call.sources.append(wholes.source(name, as_tensor(given, value)))
             continue
         holding = _holding(given, value, writers)
         if writers.world_size == 1 and not _whole(holding):
@@ -119,19 +122,43 @@ def gather(
     return call
 
 
-def _is_cut(row: Row | None) -> bool:
+def _is_cut(row: Row) -> bool:
     """Whether a part of what is given goes to `row`'s target, or it is a part of that."""
-    return row is not None and (row.part is not None or row.box is not None)
+    return row.part is not None or row.box is not None
 
 
-def _whole_source(name: str, tensor: torch.Tensor, ties: dict[tuple[object, ...], str]) -> Source:
-    shape = tuple(tensor.shape)
-    first = name
-    if 0 not in shape:
+class _Wholes:
+    """Tensors that are written as they are; of those over the very same memory all but the first are tied."""
+
+    def __init__(self) -> None:
+        self._first: dict[int, Source] = {}
+        self._others: list[Source] = []
+
+    def source(self, name: str, tensor: torch.Tensor) -> Source:
         # The tensors are alive until the copies are done, so equal addresses mean shared memory.
-        memory = (tensor.data_ptr(), tensor.dtype, shape, tensor.stride(), tensor.device)
-        first = ties.setdefault(memory, name)
-    return Source(name, NAMES[tensor.dtype], shape, tensor, None if first == name else first)
+        address, shape = tensor.data_ptr(), tensor.shape
+        first = self._first.get(address) if address else None  # an empty tensor's may be 0
+        tied_to = None
+        if first is not None:
+            here = [first, *(other for other in self._others if other.tensor.data_ptr() == address)]
+            tied_to = next((other.name for other in here if _same_memory(other.tensor, tensor)), None)
+        source = Source(name, NAMES[tensor.dtype], shape, tensor, tied_to)
+        if first is None:
+            self._first[address] = source
+        elif tied_to is None:
+            self._others.append(source)
+        return source
+
+
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Of two tensors that begin at the same address: do they show the same elements?"""
+    return (
+        0 not in one.shape
+        and one.dtype == other.dtype
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+        and one.device == other.device
+    )
 
 
 def _holding(name: str, value: Any, writers: Writers) -> Holding:
@@ -218,14 +245,17 @@ def _stride(shape: tuple[int, ...], holding: Holding) -> tuple[int, ...]:
 def module_tensors(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter and persistent buffer of `module` under its state_dict name, ties under each of
     their names."""
-    for path, part in module.named_modules(remove_duplicate=False):
-        lead = f"{prefix}{path}." if path else prefix
+    left: list[tuple[str, torch.nn.Module]] = [(prefix, module)]
+    while left:  # by hand: this stands before the first copy, and `named_modules` is slow
+        lead, part = left.pop()
         for name, parameter in part._parameters.items():
             if parameter is not None:
                 yield lead + name, parameter
         for name, buffer in part._buffers.items():
             if buffer is not None and name not in part._non_persistent_buffers_set:
                 yield lead + name, buffer
+        children = [(f"{lead}{name}.", child) for name, child in part._modules.items() if child is not None]
+        left += reversed(children)
 
 
 def reshard(module: torch.nn.Module) -> None:

@@ -81,6 +81,17 @@ class OpenRefit(_Request, frozen=True, kw_only=True):
     world_size: int = 1
     timeout: float = 600.0
 
+    @property
+    def whole(self) -> bool:
+        """Whether all of the base that is in scope is to be written, and so has a place from the start."""
+        return not (self.partial or self.skip_unchanged)
+
+    @property
+    def all_placed(self) -> bool:
+        """Whether its writer needs to know of nothing in the base but those places. (Ranks agree on who
+        writes what by the base.)"""
+        return self.whole and self.world_size == 1
+
 
 class Reserve(_Request, frozen=True, kw_only=True):
     """Ask for arena space for tensors that `RefitOpened.targets` did not hold yet."""
@@ -254,9 +265,9 @@ class Welcome(_Reply, frozen=True, kw_only=True):
 
 
 class RefitOpened(_Reply, frozen=True, kw_only=True):
-    """`targets` are the places of the tensors the refit declared; `base` and `base_records` the
-    version it starts from; `names` the model's published name map when the refit was begun, the same for
-    all its ranks. One read-write descriptor of the arena travels with it."""
+    """`targets` are the places of the tensors the refit declared; `base` and `base_records` the version it
+    starts from (no records if the refit is `all_placed`); `names` the model's published name map when the
+    refit was begun, the same for all its ranks. One read-write descriptor of the arena travels with it."""
 
     refit: int
     base: int

@@ -2,7 +2,8 @@
 
 Invariants:
 - nothing is copied before every name of a call has been checked, every value that may not fit its dtype has
-  been looked at, and the store has given it a place;
+  been looked at, and the store has given it a place; except to places that nobody reads, where a call that
+  turns out to be wrong has written nothing all the same;
 - what failed to be copied does not count as written.
 
 torch is imported when a tensor comes; who fills the arena by other means (`reserve`, `wrote`) needs none.
@@ -35,6 +36,18 @@ if TYPE_CHECKING:
     from weightstore.sources import Call, Part, Source
 
 
+Entered = list[tuple[str, "Box | None"]]
+"""Names, and for parts their boxes, that a call has entered in the ledger."""
+
+GROUP = 128
+"""Tensors of a device that are looked at while those before them are being copied."""
+
+
+def copied_later(tensor: Any) -> bool:
+    """Whether a copy from it is under way when `copy_all` returns."""
+    return bool(getattr(tensor, "is_cuda", False))
+
+
 class Writing:
     """One refit's. Thread-safe; copies run in the thread that puts.
 
@@ -57,8 +70,10 @@ class Writing:
         self._mapping = mapping
         self._cast = cast
         base = {record.name: record for record in read_records(opened.base_records) or []}
-        self.ledger = Ledger(life.what, base, bool(life.base), declared.components, declared.extend)
-        self._add_places(opened.targets)
+        self._check_places(opened.targets)
+        self.ledger = Ledger(
+            life.what, base, bool(life.base), declared.components, declared.extend, opened.targets
+        )
         self._inlet = None
         if names is not None:
             from weightstore.names.inlet import Inlet
@@ -92,7 +107,38 @@ class Writing:
             else self._inlet.admit(items)
         )
         writers = Writers(self._declared.rank, self._declared.world_size, replicated)
-        self._write(gather(routed, writers, self.ledger.first_name))
+
+        def write(some: Iterable[tuple[str, Any, Row | None]]) -> Entered:
+            return self._write(gather(some, writers, self.ledger.first_name))
+
+        if self._can_stream():
+            routed = list(routed)
+            if len(routed) > GROUP and copied_later(routed[0][1]):
+                self._write_in_groups(routed, write)
+                return
+        write(routed)
+
+    def _can_stream(self) -> bool:
+        """Whether tensors may be written before all of a call have been checked: nobody reads their places,
+        which they all have, and none of them depends on another."""
+        declared = self._declared
+        if not (self._life.base and declared.all_placed) or declared.extend or declared.in_place:
+            return False
+        return self._inlet is None and self.ledger.untied
+
+    def _write_in_groups(
+        self, routed: list[tuple[str, Any, Row | None]], write: Callable[[Any], Entered]
+    ) -> None:
+        """Look at each group of tensors while the ones before are on their way. A mistake undoes the call."""
+        entered: Entered = []
+        try:
+            for start in range(0, len(routed), GROUP):
+                entered += write(routed[start : start + GROUP])
+        except BaseException as error:
+            self._withdraw(entered)
+            if not isinstance(error, UsageError):
+                raise
+            write(routed)  # raises for all there is to complain of, as if nothing had been copied
 
     def adapting(self, names: NameMap | None, lease: Callable[[str], Lease]) -> Refitting:
         """What putting an adapter needs. It maps names itself."""
@@ -117,15 +163,15 @@ class Writing:
         box = Box(lo, tuple(i + n for i, n in zip(lo, source.shape, strict=True)))
         self._write(Call([], [Part(name, dtype_name(name, source.dtype), box, source)], []))
 
-    def _write(self, call: Call) -> None:
-        """Write what `call` says: all is checked before a byte moves."""
+    def _write(self, call: Call) -> Entered:
+        """Write what `call` says: all is checked before a byte moves. Returns what then counts as written."""
         from weightstore.copies import copy_all
         from weightstore.sharding import slices
         from weightstore.tensors import place_of
 
         life, ledger, places = self._life, self.ledger, self.ledger.places
         kept = self._look_at_values(call)
-        entered: list[tuple[str, Box | None]] = []
+        entered: Entered = []
         with ExitStack() as landing:
             with life.planning:
                 parts = self._checked(call)
@@ -148,6 +194,7 @@ class Writing:
             whole = ((place_of(self._mapping, places[source.name]), source.tensor) for source in first)
             cut = ((place_of(self._mapping, places[p.name])[slices(p.box)], p.tensor) for p in parts)
             copy_all(chain(whole, cut), self._mapping)
+        return entered
 
     def _look_at_values(self, call: Call) -> list[str]:
         """Refuse values that do not fit their stored dtype; the names whose values are the base's, if those
@@ -211,15 +258,18 @@ class Writing:
         return specs
 
     @contextmanager
-    def _landing(self, entered: list[tuple[str, Box | None]]) -> Iterator[None]:
+    def _landing(self, entered: Entered) -> Iterator[None]:
         """Entering and copying; if anything goes wrong, nothing of `entered` counts as written."""
         with self._life.landing():
             try:
                 yield
             except BaseException:
-                for name, box in entered:
-                    self.ledger.withdraw(name, box)
+                self._withdraw(entered)
                 raise
+
+    def _withdraw(self, entered: Entered) -> None:
+        for name, box in entered:
+            self.ledger.withdraw(name, box)
 
     # -- places ------------------------------------------------------------------------------------
 
@@ -280,10 +330,10 @@ class Writing:
             records = self._life.ask(message, wire.Reserved).records
             if [record.name for record in records] != [spec.name for spec in new]:
                 raise ProtocolError(f"the store reserved {len(records)} places for {len(new)} other tensors")
-            self._add_places(records)
+            self._check_places(records)
+            self.ledger.places.update((record.name, record) for record in records)
 
-    def _add_places(self, records: list[TensorRecord]) -> None:
+    def _check_places(self, records: list[TensorRecord]) -> None:
         check_records(records)
         if end_of(records) > self._mapping.nbytes:
             raise ProtocolError(f"the store reserved places beyond the arena's {self._mapping.nbytes} bytes")
-        self.ledger.places.update((record.name, record) for record in records)

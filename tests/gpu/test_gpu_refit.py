@@ -11,7 +11,7 @@ import torch
 from weightstore.client import Store
 from weightstore.cuda import upload
 from weightstore.cuda.pinning import PinnedArena, Window
-from weightstore.errors import DeviceError
+from weightstore.errors import CoverageError, DeviceError
 from weightstore.local import local_store
 from weightstore.tensors import same_bits
 
@@ -53,6 +53,25 @@ def test_put_of_many_layouts_and_dtypes(store: Store) -> None:
             found = snapshot[name]
             assert found.dtype == source.dtype
             assert same_bits(found, source.resolve_conj()), name
+
+
+def test_hundreds_of_tensors_go_out_while_the_next_are_looked_at(store: Store) -> None:
+    def made(seed: float) -> dict[str, torch.Tensor]:
+        return {f"t.w{i}": torch.full((1000 + i,), seed + i, device="cuda") for i in range(700)}
+
+    for seed in (0.0, 1.0):
+        with store.refit("hundreds") as refit:
+            refit.put_many(made(seed))
+    with store.refit("hundreds") as refit:
+        with pytest.raises(CoverageError) as caught:
+            refit.put_many({**made(5.0), "t.late": torch.ones(3, device="cuda")})
+        assert caught.value.details == {"unknown": ["t.late"]}
+        with pytest.raises(CoverageError, match="700 missing"):
+            refit.commit()
+        expected = made(2.0)
+        refit.put_many(expected)
+    with store.lease("hundreds") as snapshot:
+        assert all(torch.equal(snapshot[name], tensor.cpu()) for name, tensor in expected.items())
 
 
 def test_a_source_may_be_overwritten_in_stream_order(store: Store) -> None:

@@ -16,6 +16,7 @@ from weightstore.catalog.refits import (
     RefitState,
     check_declaration,
     check_request,
+    place_moved,
     place_specs,
     same_transaction,
 )
@@ -94,7 +95,7 @@ class Catalog:
         if request.in_place and base is not None:
             self._tear(refit, base)
         elif base is not None:
-            self._place(refit, [_spec_of(base.records[n]) for n in refit.declared_names()])
+            self._place(refit, [base.records[n] for n in refit.declared_names()], [])
         refit.joined[request.rank] = peer
         self.refits[refit.number] = refit
         return refit
@@ -174,23 +175,33 @@ class Catalog:
             names = refit.with_ties(spec.name for spec in specs)
             refit.targets.update((n, base.records[n]) for n in names)
         else:
-            known = set(base.records) if base is not None else set()
+            known = base.records if base is not None else {}
             moved = refit.with_ties(s.name for s in specs if s.name in known)
-            old = [_spec_of(base.records[n]) for n in moved if base is not None and n in known]
-            self._place(refit, [*old, *(s for s in specs if s.name not in known)])
+            old = [known[n] for n in moved if n in known and n not in refit.targets]
+            self._place(refit, old, [s for s in specs if s.name not in known and s.name not in refit.targets])
         return [refit.targets[spec.name] for spec in specs]
 
-    def _place(self, refit: Refit, specs: Sequence[TensorSpec]) -> None:
-        sizes, placed = place_specs(specs, refit.targets, refit.base)
-        if sum(sizes) > MAX_NBYTES:
+    def _place(self, refit: Refit, moved: Sequence[TensorRecord], specs: Sequence[TensorSpec]) -> None:
+        """Targets for tensors of the base and for new ones. Raises NoSpace, InvalidTensor."""
+        targets = refit.targets
+        sizes, slots = place_moved(moved)
+        there = {r.name: r.nbytes for r in (*targets.values(), *moved)} if specs else {}
+        more, added = place_specs(specs, there)
+        if sum(sizes) + sum(more) > MAX_NBYTES:
             raise InvalidTensor(
-                f"{refit.describe()} asks for {sum(sizes):.3g} bytes at once, more than the store can address"
+                f"{refit.describe()} asks for {sum(sizes) + sum(more):.3g} bytes at once, more than the "
+                "store can address"
             )
-        extents = self.space.reserve(sizes)
-        for spec, slot in placed:
-            extent = extents[slot] if slot >= 0 else refit.targets[spec.alias_of or ""].extent
-            refit.targets[spec.name] = TensorRecord(
-                spec.name, spec.dtype, spec.shape, spec.stride, extent.offset, extent.nbytes
+        extents = self.space.reserve([*sizes, *more])
+        for old, slot in zip(moved, slots, strict=True):
+            place, stride = extents[slot], old.stride or contiguous_stride(old.shape)
+            targets[old.name] = TensorRecord(
+                old.name, old.dtype, old.shape, stride, place.offset, place.nbytes
+            )
+        for spec, slot in zip(specs, added, strict=True):
+            place = targets[spec.alias_of or ""].extent if slot < 0 else extents[len(sizes) + slot]
+            targets[spec.name] = TensorRecord(
+                spec.name, spec.dtype, spec.shape, spec.stride, place.offset, place.nbytes
             )
         refit.owned.extend(e for e in extents if e.nbytes)
 
@@ -474,12 +485,6 @@ class Catalog:
     def _number(self) -> int:
         self._last_number += 1
         return self._last_number
-
-
-def _spec_of(record: TensorRecord) -> TensorSpec:
-    return TensorSpec(
-        record.name, record.dtype, record.shape, record.stride or contiguous_stride(record.shape)
-    )
 
 
 def _ranks(ranks: Sequence[int]) -> str:

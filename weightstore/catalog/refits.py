@@ -11,7 +11,7 @@ in-place refit owns none; its targets are the base version's own extents.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -116,9 +116,13 @@ class Refit:
 
     def declared_names(self) -> list[str]:
         """The base's tensors that get a place at once: all in scope, unless some may stay where they are."""
-        if self.base is None or self.declared.partial or self.declared.skip_unchanged:
+        if self.base is None or not self.declared.whole:
             return []
-        return [name for name in self.base.records if self.in_scope(name)]
+        components = self.declared.components
+        if components is None:
+            return list(self.base.records)
+        wanted = frozenset(components)
+        return [name for name in self.base.records if component_of(name) in wanted]
 
     def staying(self, writes: Iterable[Write]) -> dict[str, TensorRecord]:
         """The base's tensors without a place of which a writer has to say that they are unchanged: all in
@@ -233,58 +237,53 @@ def same_transaction(first: OpenRefit, other: OpenRefit) -> bool:
     return shape(first) == shape(other)
 
 
-def place_specs(
-    specs: Sequence[TensorSpec], targets: dict[str, TensorRecord], base: Version | None
-) -> tuple[list[int], list[tuple[TensorSpec, int]]]:
-    """Decide which specs need space of their own.
+def place_moved(records: Iterable[TensorRecord]) -> tuple[list[int], list[int]]:
+    """Sizes to reserve for tensors of the base that are to be written anew, and for each of them the index of
+    its size. What is tied in the base stays tied."""
+    tied: dict[int, int] = {}
+    sizes: list[int] = []
+    slots: list[int] = []
+    for record in records:
+        slot = tied.setdefault(record.offset, len(sizes)) if record.nbytes else len(sizes)
+        if slot == len(sizes):
+            raw = record.encoding == "raw"
+            sizes.append(record.nbytes if raw else nbytes_of(record.dtype, record.shape))
+        slots.append(slot)
+    return sizes, slots
 
-    Returns sizes to reserve, and for each spec that is not in `targets` yet the index of its size,
-    or of its alias's. An alias of a tensor already placed gets index ``-1``. What is tied in the base
-    stays tied, whatever the spec says.
+
+def place_specs(specs: Sequence[TensorSpec], there: Mapping[str, int]) -> tuple[list[int], list[int]]:
+    """Sizes to reserve for new tensors, and for each of them the index of its size, or of its alias's; -1 for
+    an alias of a tensor that is `there` (name → nbytes).
 
     Raises:
         InvalidTensor: an alias of an unknown tensor, or of one with another size.
     """
     by_name = {spec.name: spec for spec in specs}
-    tied: dict[Extent, int] = {}
     sizes: list[int] = []
     index: dict[str, int] = {}
-    placed: list[tuple[TensorSpec, int]] = []
 
     def place(spec: TensorSpec) -> int:
-        if spec.name in index:
-            return index[spec.name]
-        nbytes = nbytes_of(spec.dtype, spec.shape)
-        old = base.records.get(spec.name) if base is not None else None
-        if old is None and spec.alias_of is not None:
-            slot = follow(spec, nbytes)
-        elif old is not None and nbytes and old.extent in tied:
-            slot = tied[old.extent]
-        else:
-            slot = len(sizes)
-            sizes.append(nbytes)
-            if old is not None and nbytes:
-                tied[old.extent] = slot
-        index[spec.name] = slot
-        placed.append((spec, slot))
-        return slot
+        if spec.name not in index:
+            nbytes = nbytes_of(spec.dtype, spec.shape)
+            if spec.alias_of is not None:
+                index[spec.name] = follow(spec, spec.alias_of, nbytes)
+            else:
+                index[spec.name] = len(sizes)
+                sizes.append(nbytes)
+        return index[spec.name]
 
-    def follow(spec: TensorSpec, nbytes: int) -> int:
-        target = spec.alias_of or ""
+    def follow(spec: TensorSpec, target: str, nbytes: int) -> int:
         other = by_name.get(target)
-        if other is not None and other.alias_of is None:
-            if nbytes_of(other.dtype, other.shape) != nbytes:
-                raise InvalidTensor(f"{spec.name!r} cannot share the bytes of {target!r}: their sizes differ")
-            return place(other)
-        if target in targets:
-            if targets[target].nbytes != nbytes:
-                raise InvalidTensor(f"{spec.name!r} cannot share the bytes of {target!r}: their sizes differ")
-            return -1
-        raise InvalidTensor(
-            f"{spec.name!r} is declared an alias of {target!r}, which this refit does not write itself"
-        )
+        new = other is not None and other.alias_of is None
+        size = nbytes_of(other.dtype, other.shape) if other is not None and new else there.get(target)
+        if size is None:
+            raise InvalidTensor(
+                f"{spec.name!r} is declared an alias of {target!r}, which this refit does not write itself"
+            )
+        if size != nbytes:
+            raise InvalidTensor(f"{spec.name!r} cannot share the bytes of {target!r}: their sizes differ")
+        return place(other) if other is not None and new else -1
 
-    for spec in specs:
-        if spec.name not in targets:
-            place(spec)
-    return sizes, placed
+    slots = [place(spec) for spec in specs]
+    return sizes, slots
