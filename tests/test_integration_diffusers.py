@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 import torch
 from hooked import addresses, fresh_model, publish
+from test_docs import DOCS, run
 from tiny_pipelines import KINDS, TRAINED, build, drop_weights, generate, modules_of, save
 from torch import nn
 
 import weightstore as ws
 from engine_hooks.find import Found, Kind, find_tensors
 from engine_hooks.integrations.diffusers import attach_pipeline, components_of, load_pipeline
+from weightstore.checkpoint.load import load_checkpoint
 from weightstore.client import Store
 from weightstore.errors import AttachError, DependencyMissing, EngineAsleep, UnknownModel, UsageError
 
@@ -338,3 +340,29 @@ def test_a_failed_load_leaves_nothing_behind(store: Store, flux: tuple[str, Path
     assert store.tags(model) == before
     assert torch.get_default_dtype() is F32
     assert not nn.Linear(2, 2).weight.is_meta
+
+
+# -- the page that describes it ------------------------------------------------------------------------
+
+
+def test_the_page_does_what_it_says(store: Store, tmp_path: Path) -> None:
+    qwen = build("qwen-image")
+    namespace: dict[str, Any] = {
+        "store": store,
+        "torch": torch,
+        "weightstore": ws,
+        "load_checkpoint": load_checkpoint,
+        "device": "cpu",
+        "pipe": build("flux"),
+        "prompt": "a cat",
+        "options": {"num_inference_steps": 1, "height": 16, "width": 16, "max_sequence_length": 24},
+        "transformer": build("flux", seed=1).transformer,
+        "directory": save(build("flux"), tmp_path / "flux", weights=False),
+        "qwen_image_directory": save(qwen, tmp_path / "qwen"),
+    }
+    assert run(DOCS / "integrations" / "diffusers.md", namespace, tmp_path, json_as="") == 14
+    pipe, hook = load_pipeline(store, "qwen-image", tmp_path / "qwen")
+    with hook:
+        pipe.set_progress_bar_config(disable=True)
+        assert torch.equal(generate(pipe), picture("qwen-image"))
+    namespace["hook"].close()
