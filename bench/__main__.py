@@ -14,6 +14,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "host": ("bench.host", "Put, wake, load and control on this machine's CPU and memory."),
     "gpu": ("bench.gpu", "Sleep, wake, put, refit and relaunch on a GPU, against its link and other tools."),
     "refit": ("bench.refit", "A refit by all ranks of a sharded trainer, against gathering on one."),
+    "sglang": ("bench.sglang_engine", "The real SGLang Diffusion engine, stock and through the store."),
 }
 """Command name: the module it lives in (where it is called `<name>_command`), its line in --help."""
 

@@ -141,14 +141,12 @@ class Engine:
         nbytes = flat["flattened_tensor"].numel() * flat["flattened_tensor"].element_size()
         return {**answer, "prepare": prepare, "bytes": nbytes}
 
-    def memory(self) -> dict[str, Any]:
-        """What the engine's processes hold: proportional set on the host, and its private part."""
-        found: dict[str, Any] = {"host": {}}
-        for pid in descendants(os.getpid()):
-            sums = rollup(pid)
-            if sums:
-                found["host"][str(pid)] = sums
-        return found
+    def facts(self) -> dict[str, Any]:
+        """What the worker says of itself (`sglang_probe`), and what its process holds on the host."""
+        from sglang.multimodal_gen.runtime.entrypoints.control_requests import ListLorasReq
+
+        found: dict[str, Any] = self._ask(ListLorasReq())["output"]
+        return {**found, "host": rollup(found["pid"])}
 
 
 def scaled(model: str, factor: float, prefixes: list[str], device: str) -> dict[str, Any]:
@@ -158,22 +156,11 @@ def scaled(model: str, factor: float, prefixes: list[str], device: str) -> dict[
     tensors = {}
     for path in sorted(glob.glob(os.path.join(model, "transformer", "*.safetensors"))):
         with safe_open(path, framework="pt", device=device) as file:
-            for name in file.keys():  # noqa: SIM118
+            for name in file.keys():
                 if name.startswith(tuple(prefixes)):
                     tensor = file.get_tensor(name)
                     tensors[name] = tensor if factor == 1.0 else tensor * factor
     return tensors
-
-
-def descendants(pid: int) -> list[int]:
-    found = [pid]
-    for parent in found:
-        try:
-            with open(f"/proc/{parent}/task/{parent}/children") as file:
-                found += [int(child) for child in file.read().split()]
-        except OSError:
-            continue  # it has ended
-    return found
 
 
 def rollup(pid: int) -> dict[str, int]:

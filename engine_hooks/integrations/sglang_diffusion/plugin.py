@@ -112,7 +112,7 @@ class Plugin:
             "published by this engine, " if report.published else "",
             report.weight_bytes,
             report.seconds,
-            f"; {', '.join(built)} filled from the store, no file read" if built else "",
+            f"; {', '.join(built)} filled from the store, not from files" if built else "",
         )
         self._publish_names(store, loading)
 
