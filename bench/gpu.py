@@ -21,17 +21,21 @@ from weightstore.errors import DeviceError
 
 SECTIONS: Final[dict[str, str]] = {
     "cycle": "bench.gpu_cycle",
+    "assist": "bench.gpu_assist",
     "many": "bench.gpu_many",
     "relaunch": "bench.gpu_relaunch",
     "peers": "bench.gpu_peers",
 }
 """What can be measured by itself, and the module with a function of that name."""
+USUAL: Final = ("cycle", "many", "relaunch", "peers")
 
 
 @click.command("gpu")
 @click.option("--quick", is_flag=True, help="A few small samples: shows that everything works, not how fast.")
 @click.option(
-    "--only", metavar="A,B", help=f"Some of the sections: {', '.join(SECTIONS)}.  [default: all of them]"
+    "--only",
+    metavar="A,B",
+    help=f"Some of the sections: {', '.join(SECTIONS)}.  [default: {', '.join(USUAL)}]",
 )
 @click.option("--rounds", metavar="N", type=click.IntRange(min=1), help="Samples of everything.")
 @click.option(
@@ -55,7 +59,7 @@ def gpu_command(quick: bool, only: str | None, rounds: int | None, warm: bool, o
     settings = QUICK if quick else GpuSettings()
     if rounds is not None:
         settings = dataclasses.replace(settings, rounds=rounds)
-    sections = list(SECTIONS) if only is None else only.split(",")
+    sections = list(USUAL) if only is None else only.split(",")
     if unknown := [name for name in sections if name not in SECTIONS]:
         raise click.BadParameter(f"no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
     torch.zeros(1, device="cuda")

@@ -10,15 +10,14 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from bench.gpu_common import GIB, Limit, random_modules, scramble
+from bench.gpu_common import Limit, random_modules, scramble
 from bench.gpu_settings import GpuSettings
 from bench.rows import Goal, Row, clock
 from bench.shapes import total_bytes
 from engine_hooks import EngineHook
-from engine_hooks.cuda import CudaBackend
 from engine_hooks.cuda_image import CudaImage
 from engine_hooks.cuda_memory import device_memory
-from weightstore.client import Store
+from weightstore.client import Store, connect
 from weightstore.local import local_store
 from weightstore.types import align_up
 
@@ -38,7 +37,7 @@ def cycle(settings: GpuSettings) -> Iterator[Row]:
     whole = total_bytes(specs)
     # The model, and a second version of what is trained.
     capacity = align_up(whole + main + 2 * settings.window + 256 * len(specs), settings.window)
-    with local_store(capacity, window=settings.window) as store:
+    with local_store(capacity, window=settings.window) as store, connect(store.socket) as trainer:
         hook = EngineHook.attach(store, "model", modules, device="cuda:0")
         limit = Limit(whole)
         try:
@@ -52,7 +51,7 @@ def cycle(settings: GpuSettings) -> Iterator[Row]:
             yield from _wakes(settings, hook, limit, main, whole)
             limit.free_device()
             hook.sleep([name for name in hook.states if name != settings.main])  # room for a trainer
-            yield from _puts_and_refits(settings, store, hook, limit, main)
+            yield from _puts_and_refits(settings, trainer, hook, limit, main)
             limit.free_device()
             hook.wake()
             yield from _verify(hook, limit, whole)
@@ -113,7 +112,6 @@ def _wakes(settings: GpuSettings, hook: EngineHook, limit: Limit, main: int, who
         notes={"residual": _residual(hook)},
     )
     yield from _after_another(settings, hook, limit, whole)
-    yield from _assisted(settings, hook, limit, whole)
 
 
 def _residual(hook: EngineHook) -> dict[str, int]:
@@ -178,31 +176,6 @@ def _after_another(settings: GpuSettings, hook: EngineHook, limit: Limit, whole:
         nbytes=whole,
         goal=Goal(0.92, True),
     )
-
-
-def _assisted(settings: GpuSettings, hook: EngineHook, limit: Limit, whole: int) -> Iterator[Row]:
-    """With more or less of the kernel that copies beside the engine, or none: what it is good for."""
-    backend = hook.backend
-    assert isinstance(backend, CudaBackend)
-    usual = backend._assist_bytes, backend._assist_blocks
-    for when, wait in (("now", 0.0), ("later", 0.3)):
-        for gib, blocks in ((0, 16), (3, 16), (4, 24), (6, 16)):
-            backend._assist_bytes, backend._assist_blocks = gib * GIB, blocks
-            seconds: dict[str, list[float]] = {H2D: [], "measured": []}
-            for _ in range(3):
-                seconds[H2D].append(limit.h2d(whole))
-                hook.sleep()
-                time.sleep(wait)
-                seconds["measured"].append(clock(hook.wake))
-            yield Row(
-                f"assist.{when}.{gib}gib.{blocks}blocks",
-                f"wake all {when}, {gib} GiB of it by engine and {blocks} blocks side by side",
-                seconds,
-                reference=H2D,
-                references=REFERENCES,
-                nbytes=whole,
-            )
-    backend._assist_bytes, backend._assist_blocks = usual
 
 
 def _puts_and_refits(
