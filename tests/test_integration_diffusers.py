@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from hooked import addresses, fresh_model, publish
+from safetensors.torch import load_file, save_file
 from test_docs import DOCS, run
 from tiny_pipelines import KINDS, TRAINED, build, drop_weights, generate, modules_of, save
 from torch import nn
@@ -340,6 +341,24 @@ def test_a_failed_load_leaves_nothing_behind(store: Store, flux: tuple[str, Path
     assert store.tags(model) == before
     assert torch.get_default_dtype() is F32
     assert not nn.Linear(2, 2).weight.is_meta
+
+
+def test_a_checkpoint_with_other_names_than_the_modules(store: Store, tmp_path: Path) -> None:
+    """FLUX.1's CLIP says text_model. in its file, and transformers 5 drops that while it loads."""
+    model = fresh_model()
+    save(build("flux"), tmp_path)
+    file = tmp_path / "text_encoder" / "model.safetensors"
+    save_file({f"text_model.{name}": weight for name, weight in load_file(file).items()}, file)
+    load_checkpoint(store, model, tmp_path)
+    with pytest.raises(AttachError, match=r"close: text_encoder\.") as caught:
+        load_pipeline(store, model, tmp_path)
+    assert {name.partition(".")[0] for name in caught.value.details["unknown"]} == {"text_encoder"}
+    names = ws.NameMap().rename(r"^text_encoder\.text_model\.", "text_encoder.")
+    load_checkpoint(store, model, tmp_path, names=names)
+    pipe, hook = load_pipeline(store, model, tmp_path)
+    with hook:
+        pipe.set_progress_bar_config(disable=True)
+        assert torch.equal(generate(pipe), picture("flux"))
 
 
 # -- the page that describes it ------------------------------------------------------------------------
