@@ -52,14 +52,15 @@ class Engine:
         self.requests = io_struct
         self.client = sync_scheduler_client
         began = time.perf_counter()
+        arguments = {
+            "num_gpus": 1,
+            "attention_backend": "torch_sdpa",
+            "warmup_mode": "off",
+            "log_level": "info",
+            "output_path": tempfile.mkdtemp(prefix="sglang-bench-"),
+        }
         self.generator = DiffGenerator.from_pretrained(
-            model_path=config["model"],
-            num_gpus=1,
-            attention_backend="torch_sdpa",
-            warmup_mode="off",
-            log_level="info",
-            output_path=tempfile.mkdtemp(prefix="sglang-bench-"),
-            **config["arguments"],
+            model_path=config["model"], **{**arguments, **config["arguments"]}
         )
         self.start_seconds = time.perf_counter() - began
 

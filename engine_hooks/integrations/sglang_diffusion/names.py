@@ -73,7 +73,8 @@ def _made(examples: Sequence[Example], literal: Collection[str]) -> Router:
     joined: defaultdict[str, list[Example]] = defaultdict(list)
     moved: dict[tuple[tuple[str | None, ...], tuple[str | None, ...]], dict[str, None]] = {}
     dropped: dict[str, None] = {}
-    for example in examples:
+    # Rules for one name only come before those that would say something else of it.
+    for example in sorted(examples, key=lambda example: example.source not in literal):
         if example.target is None:
             dropped[_pattern(_general(example.source, "", example.source in literal).source)] = None
         elif example.piece is not None:

@@ -1,0 +1,106 @@
+"""The real, unmodified SGLang Diffusion engine on the CPU; only where sglang can be imported.
+
+CI does not have it. With it (see docs/integrations/sglang-diffusion.md) these start engines of their own
+processes, a minute each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine_hooks.integrations.sglang_diffusion import loading
+from engine_hooks.integrations.sglang_diffusion.names import name_map
+from weightstore.names.router import Router
+
+pytest.importorskip("sglang.multimodal_gen")
+
+ROOT = Path(__file__).resolve().parent.parent
+MAKE_MODEL = ROOT.parent / "shared" / "sglang" / "make_model.py"
+
+ARCHITECTURES = [
+    "FluxTransformer2DModel",
+    "QwenImageTransformer2DModel",
+    "WanTransformer3DModel",
+    "SanaTransformer2DModel",
+    "ZImageTransformer2DModel",
+]
+
+
+def mapping_of(architecture: str) -> dict[str, object]:
+    from sglang.multimodal_gen.configs.models.dits import flux, qwenimage, sana, wanvideo, zimage
+
+    configs = {
+        "FluxTransformer2DModel": flux.FluxArchConfig,
+        "QwenImageTransformer2DModel": qwenimage.QwenImageArchConfig,
+        "WanTransformer3DModel": wanvideo.WanVideoArchConfig,
+        "SanaTransformer2DModel": sana.SanaArchConfig,
+        "ZImageTransformer2DModel": zimage.ZImageArchConfig,
+    }
+    mapping: dict[str, object] = configs[architecture]().param_names_mapping
+    return mapping
+
+
+def small(architecture: str) -> torch.nn.Module:
+    """diffusers' own module on meta, with three layers where its default has dozens."""
+    diffusers = pytest.importorskip("diffusers")
+    cls = getattr(diffusers, architecture)
+    layers = {"WanTransformer3DModel": "num_layers", "ZImageTransformer2DModel": "n_layers"}
+    with torch.device("meta"):
+        model: torch.nn.Module = cls(**{layers.get(architecture, "num_layers"): 3})
+    return model
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_map_does_what_sglangs_own_mapping_does(architecture: str) -> None:
+    """For every name of diffusers' module, with SGLang's real regular expressions and their evaluation."""
+    from sglang.multimodal_gen.runtime.loader.utils import get_param_names_mapping
+
+    mapped = get_param_names_mapping(mapping_of(architecture))
+    state = small(architecture).state_dict()
+    targets = {mapped(name)[0] for name in state}
+    examples = [
+        loading.example("transformer", name, tensor.shape[0] if tensor.ndim else 0, mapped, targets)
+        for name, tensor in state.items()
+    ]
+    names = name_map(examples)
+    assert len(names.rules) < 40
+    routes = Router(names)
+    for name in state:
+        target, piece, _ = mapped(name)
+        route = routes.route(f"transformer.{name}")
+        assert route.targets == ((f"transformer.{target}",) if target else ())
+        assert piece is None or route.piece == piece
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not MAKE_MODEL.exists(), reason="no ../shared/sglang/make_model.py to make a model with")
+def test_the_real_engine_through_the_store(tmp_path: Path) -> None:
+    """Stock and plugin engines and a relaunch: every check of the benchmark, on the CPU with a tiny FLUX."""
+    model = tmp_path / "FLUX.1-dev"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, str(MAKE_MODEL), str(model), "--size", "tiny"], check=True, env=env)
+    out = tmp_path / "found.json"
+    command = [
+        sys.executable,
+        "-m",
+        "bench",
+        "sglang",
+        "--cpu",
+        "--checksum",
+        "--only",
+        "stock,plugin,relaunch",
+    ]
+    command += ["--model-dir", str(model), "--out", str(out), "--side", "64", "--steps", "2"]
+    command += ["--capacity", "256MiB", "--window", "16MiB"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    assert found["complete"] and all(found["checks"].values()) and len(found["checks"]) >= 15
