@@ -91,6 +91,7 @@ class WeightstoreWorkerExtension:
                 "published": report.published,
                 "weight_bytes": report.weight_bytes,
                 "tensors": report.tensors,
+                "seconds": report.seconds,
             }
 
         return self._weightstore_do(work)
