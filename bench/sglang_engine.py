@@ -31,6 +31,8 @@ from bench.report import ROOT, machine
 PARTS: Final = ("proj_out", "x_embedder", "transformer_blocks.0.", "single_transformer_blocks.0.")
 """What an update changes: beginnings of names in the checkpoint."""
 FACTOR: Final = 1.25
+SLACK: Final = 64 << 20
+"""Bytes by which two readings of a GPU's free memory may differ."""
 MODEL: Final = "sglang-bench"
 SECTIONS: Final = ("stock", "plugin", "relaunch", "graphs")
 
@@ -62,6 +64,10 @@ class Found:
     def complete(self) -> None:
         self.all["complete"] = True
         self._write()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began
 
     @property
     def wrong(self) -> list[str]:
@@ -169,6 +175,7 @@ class Options:
         self.steps: int = options["steps"]
         self.rounds: int = options["rounds"]
         self.checksum: bool = options["checksum"]
+        self.until: float = options["until"]
         self.capacity: str = options["capacity"]
         self.window: str = options["window"]
         self.device = "cpu" if self.cpu else "cuda"
@@ -192,7 +199,7 @@ def stock(found: Found, options: Options, socket: str, trainer: Trainer, known: 
         if options.checksum:
             known["checksum"] = stock.do("checksum", "checksum")["output"]
         stock.do("awake", "facts")
-        cycles(stock, options)
+        known["asleep"] = cycles(stock, options)
         found.check("stock", "image equal after sleep and wake", stock.image("after wake") == known["first"])
         # An update that finds it asleep: stock has to wake first, and then writes in place.
         stock.ask("release")
@@ -232,7 +239,13 @@ def plugin(found: Found, options: Options, socket: str, trainer: Trainer, known:
                 plugin.do("checksum", "checksum")["output"] == known.get("checksum"),
             )
         plugin.do("awake", "facts")
-        cycles(plugin, options)
+        asleep = cycles(plugin, options)
+        if "device_used" in asleep and "asleep" in known:
+            found.check(
+                "plugin",
+                "no more left on the GPU while asleep than stock leaves",
+                asleep["device_used"] <= known["asleep"]["device_used"] + SLACK,
+            )
         found.check("plugin", "image equal after sleep and wake", plugin.image("after wake") == first)
         plugin.ask("release")
         found.check("plugin", "generation refused while asleep", plugin.ask("generate").get("refused", False))
@@ -281,18 +294,19 @@ def relaunch(found: Found, options: Options, socket: str, trainer: Trainer, know
 
 def graphs(found: Found, options: Options, socket: str, trainer: Trainer, known: dict[str, Any]) -> None:
     shape = f"{options.side}x{options.side}"
-    with engine(
-        found,
-        "graphs",
-        options,
-        socket,
-        enable_breakable_cuda_graph=True,
-        warmup_mode="server",
-        warmup_resolutions=[shape],
-        bcg_text_buckets=[512],
-    ) as captured:
+    arguments: dict[str, Any] = (
+        {}
+        if options.cpu
+        else {
+            "enable_breakable_cuda_graph": True,
+            "warmup_mode": "server",
+            "warmup_resolutions": [shape],
+            "bcg_text_buckets": [512],
+        }
+    )
+    with engine(found, "graphs", options, socket, **arguments) as captured:
         before = captured.do("before", "facts")
-        found.check("graphs", "graphs were captured", before["graphs"] > 0)
+        found.check("graphs", "graphs were captured", before["graphs"] > 0 or options.cpu)
         first = captured.image("first")
         captured.ask("release")
         captured.do("asleep", "facts")
@@ -318,8 +332,8 @@ def graphs(found: Found, options: Options, socket: str, trainer: Trainer, known:
         )
 
 
-def cycles(running: Engine, options: Options) -> None:
-    """Releases and resumes: the first, steady ones, and one that is traced."""
+def cycles(running: Engine, options: Options) -> dict[str, Any]:
+    """Releases and resumes: the first, steady ones, and one that is traced. What it said while asleep."""
     seconds: dict[str, list[float]] = {"release": [], "resume": []}
     for number in range(options.rounds):
         for command in seconds:
@@ -342,6 +356,27 @@ def cycles(running: Engine, options: Options) -> None:
             f"a release copies no weights to the host ({copied} bytes)",
             bool(asleep["traced"]) and copied < 64 << 20,
         )
+    return named(running, asleep, options)
+
+
+def named(running: Engine, facts: dict[str, Any], options: Options) -> dict[str, Any]:
+    """Say what the memory is that is left on the GPU."""
+    if "device_used" in facts:
+        trainer = running.found.all["sections"]["trainer"]["device"]["used"]
+        running.found.add(
+            running.section,
+            "left on the GPU while asleep",
+            {
+                "in all": facts["device_used"],
+                "the trainer's context": trainer,
+                "torch's allocator, in use": facts["torch_allocated"],
+                "torch's allocator, free": facts["torch_reserved"] - facts["torch_allocated"],
+                "the worker's context, kernels and libraries": facts["device_used"]
+                - trainer
+                - facts["torch_reserved"],
+            },
+        )
+    return facts
 
 
 class Trainer:
@@ -426,6 +461,7 @@ _SECTIONS: Final[dict[str, Section]] = {
 @click.option("--steps", default=4, show_default=True, help="Of the denoising.")
 @click.option("--rounds", default=3, show_default=True, help="Releases and resumes.")
 @click.option("--checksum", is_flag=True, help="Also compare SGLang's checksums (37 s each for 24 GB).")
+@click.option("--until", default=480.0, show_default=True, help="Seconds after which no section is begun.")
 @click.option("--capacity", default="40GiB", show_default=True, help="Of the arena.")
 @click.option("--window", default="1GiB", show_default=True, help="Of the arena.")
 def sglang_command(only: str, **given: Any) -> None:
@@ -447,6 +483,9 @@ def sglang_command(only: str, **given: Any) -> None:
             free, total = torch.cuda.mem_get_info()
             found.add("trainer", "device", {"name": torch.cuda.get_device_name(), "used": total - free})
         for name in sections:
+            if found.seconds > options.until:
+                found.check(name, f"left out, since {options.until:g} s were over", False)
+                continue
             try:
                 _SECTIONS[name](found, options, store.socket, trainer, known)
             except Exception as error:
