@@ -26,9 +26,9 @@ EXTENSION = "engine_hooks.integrations.vllm_omni.WeightstoreWorkerExtension"
 PUBLISHED = (
     NameMap(prefix="transformer.")
     .fuse(["to_q", "to_k", "to_v"], "to_qkv")
-    .fuse(["add_q_proj", "add_k_proj", "add_v_proj"], "add_kv_proj", optional=True)
+    .fuse(["add_q_proj", "add_k_proj", "add_v_proj"], "add_kv_proj")
 )
-"""From diffusers' names of FLUX to vLLM-Omni's."""
+"""From diffusers' names of FLUX to vLLM-Omni's, as docs/integrations/vllm-omni.md has it."""
 
 
 def importable() -> bool:
