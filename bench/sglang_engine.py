@@ -26,7 +26,7 @@ from typing import Any, Final
 
 import click
 
-from bench.report import ROOT, machine
+from bench.record import ROOT, machine
 
 PARTS: Final = ("proj_out", "x_embedder", "transformer_blocks.0.", "single_transformer_blocks.0.")
 """What an update changes: beginnings of names in the checkpoint."""
@@ -392,7 +392,8 @@ class Trainer:
 
         if self._base is None:
             read = scaled(str(self._options.model_dir), 1.0, list(PARTS), self._options.device)
-            self._base = {f"transformer.{name}": tensor for name, tensor in read.items()}
+            # Copies: on the CPU they would be the file's own pages.
+            self._base = {f"transformer.{name}": tensor.clone() for name, tensor in read.items()}
 
     def refit(self, factor: float) -> dict[str, Any]:
         self.keep()

@@ -215,6 +215,18 @@ def test_modules_that_sglang_moves_are_left_to_it_with_the_reason() -> None:
     }
 
 
+def test_a_model_that_reads_its_checkpoint_again_is_left() -> None:
+    class Rereads(nn.Linear):
+        def validate_weight_update_source(self, *, weights_path: str | None) -> None:
+            if weights_path is None:
+                raise ValueError("no directory")
+
+    assert left({"transformer": Rereads(2, 2)}) == {
+        "transformer": "takes no weights from memory: no directory"
+    }
+    assert loading.computed(Rereads(2, 2)) == "its model takes no weights from memory: no directory"
+
+
 def test_disabled_layerwise_offload_is_none() -> None:
     module = nn.Linear(2, 2)
     module.layerwise_offload_managers = [SimpleNamespace(enabled=False)]  # type: ignore[assignment]
@@ -230,6 +242,11 @@ def test_what_cannot_lie_in_an_image_is_left() -> None:
         "layout" in found["a"] and found["b"] == "has no weights" and found["d"] == "is the same module as c"
     )
     assert "c" not in found
+    with_lora = Arguments()
+    with_lora.lora_path = "adapter"  # type: ignore[attr-defined]
+    assert left({"transformer_2": nn.Linear(2, 2), "vae": nn.Linear(2, 2)}, with_lora) == {
+        "transformer_2": "has a LoRA from the command line merged into it"
+    }
     assert left({"c": shared}, tp=2) == {"c": "is divided among 2 tensor parallel ranks"}
     elsewhere = ownership.left_to_sglang({"c": shared}, Arguments(), torch.device("cuda:0"), 1)
     assert elsewhere["c"].startswith("is not on cuda:0: c.weight is on cpu")
@@ -541,7 +558,29 @@ def test_what_reads_weights_is_refused_while_they_are_away(made: plugin.Plugin, 
     assert made.check_tensors(stock, worker, None)[0] is False
     made.resume(stock, worker)
     assert made.checksum(lambda worker, names: {"vae": "sum"}, worker) == {"vae": "sum"}
-    assert made.change_lora(lambda worker, *args: args, worker, "nick") == ("nick",)
+
+
+def test_loras_go_beside_the_weights_never_into_them(
+    made: plugin.Plugin, worker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugin, "_failed", lambda message: ("failed", message))
+
+    def set_lora(worker: Any, nickname: str, path: str | None = None, merge_mode: str | None = None) -> str:
+        return "set"
+
+    worker.pipeline.modules["transformer"].param_names_mapping = {}
+    assert made.set_lora(set_lora, worker, "nick", merge_mode="dynamic") == "set"
+    for refused in (
+        made.set_lora(set_lora, worker, "nick"),
+        made.set_lora(set_lora, worker, "nick", "path", "merge"),
+        made.merge_lora(stock, worker),
+    ):
+        assert refused[0] == "failed" and "lost at the next sleep" in refused[1]
+    made.release(stock, worker)
+    assert "sleeping" in made.set_lora(set_lora, worker, "nick", merge_mode="dynamic")[1]
+    del worker.pipeline.modules["transformer"].param_names_mapping
+    made.resume(stock, worker)
+    assert made.merge_lora(lambda worker: "merged", worker) == "merged"
 
 
 def test_a_merged_lora_forbids_sleep(made: plugin.Plugin, worker: Any) -> None:

@@ -38,9 +38,9 @@ HOOKS: Final[dict[str, str]] = {
     f"{_WORKER}.update_weights_from_tensor": "update_from_tensor",
     f"{_WORKER}.update_weights_from_tensor_checker": "check_tensors",
     f"{_WORKER}.get_weights_checksum": "checksum",
-    f"{_WORKER}.set_lora": "change_lora",
-    f"{_WORKER}.merge_lora_weights": "change_lora",
-    f"{_WORKER}.unmerge_lora_weights": "change_lora",
+    f"{_WORKER}.set_lora": "set_lora",
+    f"{_WORKER}.merge_lora_weights": "merge_lora",
+    f"{_WORKER}.unmerge_lora_weights": "merge_lora",
     f"{_SCHEDULER}._handle_update_weights_from_disk": "schedule_update_from_disk",
 }
 """What of SGLang is wrapped, and by which method of `Plugin`. Each gets the original first."""
@@ -79,6 +79,4 @@ def activate() -> None:
     plugin = Plugin(wanted)
     for target, method in HOOKS.items():
         platforms.HookRegistry.register(target, getattr(plugin, method), platforms.HookType.AROUND)
-    _log.warning(
-        "weightstore %s: hooks for model %r, tag %r registered", os.getpid(), wanted.model, wanted.tag
-    )
+    _log.info("weightstore: hooks for model %r, tag %r registered", wanted.model, wanted.tag)

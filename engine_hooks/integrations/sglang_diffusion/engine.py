@@ -10,7 +10,6 @@ Invariants:
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import Collection, Mapping
 from types import SimpleNamespace
 from typing import Any, Final
@@ -26,7 +25,8 @@ from engine_hooks.lifecycle import State
 STORE: Final = "weightstore:"
 """What `model_path` of an update from disk begins with when the update is to come from the store."""
 
-_log = logging.getLogger("engine_hooks")
+_SLACK: Final = 64 << 20
+"""Bytes more in torch's allocator than after the last sleep that are not worth looking for."""
 
 
 class Engine:
@@ -45,6 +45,7 @@ class Engine:
         self._worker = worker
         self._rest = dict(rest)
         self._others = _controller(worker, self._rest) if self._rest else None
+        self._floor: int | None = None
         hook.after_refit(lambda changed: derived.renew(hook.modules, changed))
 
     @property
@@ -70,7 +71,7 @@ class Engine:
                 except BaseException:
                     self.hook.wake()
                     raise
-            _give_cache_back()
+            self._give_cache_back()
         return body
 
     def resume(self) -> dict[str, Any]:
@@ -111,6 +112,24 @@ class Engine:
             f"{STORE + self.hook.model!r}"
         )
 
+    def _give_cache_back(self) -> None:
+        """Activations of past generations lie in torch's allocator; SGLang's release gives them back too.
+
+        What cycles hold is looked for thoroughly only if more is in use than after an earlier sleep: that
+        takes half a second.
+        """
+        gc.collect(1)
+        if torch.cuda.is_available():
+            if self._floor is None or torch.cuda.memory_allocated() > self._floor + _SLACK:
+                gc.collect()
+            self._floor = torch.cuda.memory_allocated()
+            torch.cuda.empty_cache()
+
+    @property
+    def adaptable(self) -> list[str]:
+        """The modules of the hook's that SGLang would put a LoRA on."""
+        return [name for name, module in self.hook.modules.items() if hasattr(module, "param_names_mapping")]
+
     def _merged_lora(self) -> list[str]:
         merged: Mapping[str, bool] = getattr(self._worker.pipeline, "is_lora_merged", None) or {}
         return [name for name, is_merged in merged.items() if is_merged and name in self.hook.modules]
@@ -135,10 +154,3 @@ def _body(answer: Answer) -> dict[str, Any]:
     if answer.status >= 500:
         raise RuntimeError(str(body.get("message", "failed")))
     return body
-
-
-def _give_cache_back() -> None:
-    """Activations of past generations lie in torch's allocator; SGLang's release gives them back too."""
-    gc.collect(1)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from engine_hooks.integrations.sglang_diffusion.names import Example
+from engine_hooks.integrations.sglang_diffusion.ownership import rereads
 from weightstore.errors import AttachError, TagTorn, UnknownModel, UnknownTag
 from weightstore.types import TensorRecord, component_of
 
@@ -182,7 +183,8 @@ def computed(model: nn.Module) -> str | None:
         method = getattr(part, "quant_method", None)
         if method is not None and "Unquantized" not in type(method).__name__:
             return f"{path} is quantised by {type(method).__name__}"
-    return None
+    why = rereads(model)
+    return None if why is None else f"its model {why}"
 
 
 def fill_with_placeholders(model: nn.Module, device: torch.device) -> Any:

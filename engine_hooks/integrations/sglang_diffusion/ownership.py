@@ -39,6 +39,8 @@ def configured(name: str, server_args: Any, tensor_parallel: int) -> str | None:
         return f"is divided among {tensor_parallel} tensor parallel ranks"
     if server_args.should_use_fsdp_for_component(name):
         return "is sharded by FSDP"
+    if getattr(server_args, "lora_path", None) and ("transformer" in name or "dit" in name):
+        return "has a LoRA from the command line merged into it"
     mode = server_args.residency_mode(name)
     return None if mode == RESIDENT else f"is under {mode}"
 
@@ -51,6 +53,17 @@ def managed(module: nn.Module) -> str | None:
         return "is under layerwise-offload"
     if "_offload_weight_snapshot" in vars(module):
         return "is under snapshot-offload"
+    return rereads(module)
+
+
+def rereads(module: nn.Module) -> str | None:
+    """Why a model refuses weights that come without a checkpoint's directory, or None."""
+    validate = getattr(module, "validate_weight_update_source", None)
+    if validate is not None:
+        try:
+            validate(weights_path=None)
+        except ValueError as error:
+            return f"takes no weights from memory: {error}"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -103,7 +104,7 @@ class Plugin:
         self._engines[worker] = Engine(worker, hook, rest, left)
         built = [name for name, loaded in loading.loaded.items() if loaded.placeholders]
         report = hook.attached
-        _log.warning(
+        _log.info(
             "weightstore: rank %s attached %s to %s, version %d (%s%d bytes, %.2f s)%s",
             worker.rank,
             ", ".join(held),
@@ -202,12 +203,23 @@ class Plugin:
     def checksum(self, original: Original, worker: Any, module_names: list[str] | None = None) -> Any:
         return {"error": _ASLEEP} if self._asleep(worker) else original(worker, module_names)
 
-    def change_lora(self, original: Original, worker: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._asleep(worker):
-            from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch
+    def set_lora(self, original: Original, worker: Any, *args: Any, **kwargs: Any) -> Any:
+        """Beside the weights if they are the store's: not merged into them, and only while they are there."""
+        given = inspect.signature(original).bind(worker, *args, **kwargs).arguments
+        return self._lora(original, given.get("merge_mode") != "dynamic", worker, *args, **kwargs)
 
-            return OutputBatch(error=_ASLEEP)
-        return original(worker, *args, **kwargs)
+    def merge_lora(self, original: Original, worker: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._lora(original, True, worker, *args, **kwargs)
+
+    def _lora(self, original: Original, merges: bool, worker: Any, *args: Any, **kwargs: Any) -> Any:
+        engine = self.engine_of(worker)
+        if engine is not None and merges and engine.adaptable:
+            return _failed(
+                f"the weights of {', '.join(engine.adaptable)} are the store's: a LoRA merged into them "
+                'would be lost at the next sleep. Set it with merge_mode "dynamic", or write it to the store '
+                "(refit.put_adapter, refit.put_lora)"
+            )
+        return _failed(_ASLEEP) if self._asleep(worker) else original(worker, *args, **kwargs)
 
     def _asleep(self, worker: Any) -> bool:
         engine = self.engine_of(worker)
@@ -215,6 +227,12 @@ class Plugin:
 
 
 _ASLEEP = "Server is sleeping. Call resume_memory_occupation first."
+
+
+def _failed(message: str) -> Any:
+    from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch
+
+    return OutputBatch(error=message)
 
 
 def _modules(pipeline: Any) -> dict[str, nn.Module]:
