@@ -14,7 +14,7 @@ import torch
 
 from bench.gpu_common import device_facts, touch_memory
 from bench.gpu_settings import QUICK, GpuSettings
-from bench.report import RESULTS, Report, slug
+from bench.record import RESULTS, Record, slug
 from bench.rows import Goal, Row
 from weightstore.cuda import driver
 from weightstore.errors import DeviceError
@@ -66,7 +66,7 @@ def gpu_command(quick: bool, only: str | None, rounds: int | None, warm: bool, o
     facts = device_facts()
     if out is None and not quick and only is None:
         out = RESULTS / f"gpu-{slug(facts['device'])}.json"
-    report = Report(out, dataclasses.asdict(settings) | facts | {"quick": quick, "sections": sections})
+    record = Record(out, dataclasses.asdict(settings) | facts | {"quick": quick, "sections": sections})
     if settings.warm_memory and warm:
         click.echo(f"touched memory in {touch_memory(settings.warm_memory):.0f} s", err=True)
     for section in sections:
@@ -74,7 +74,7 @@ def gpu_command(quick: bool, only: str | None, rounds: int | None, warm: bool, o
         click.echo(f"{section} …", err=True)
         try:
             for row in measure(settings):
-                report.add(row)
+                record.add(row)
                 click.echo(
                     f"  {row.key}: {row.ratio if row.ratio is not None else row.measured:.4g}", err=True
                 )
@@ -82,10 +82,10 @@ def gpu_command(quick: bool, only: str | None, rounds: int | None, warm: bool, o
             # The other sections stand on their own, and time on such a machine is dear.
             click.echo(f"{section} ended early: {error}", err=True)
         torch.cuda.empty_cache()
-    for row in _compared(report.rows):
-        report.add(row)
-    report.write(complete=True)
-    report.print_table()
+    for row in _compared(record.rows):
+        record.add(row)
+    record.write(complete=True)
+    record.print_table()
     if out is not None:
         click.echo(f"written to {out}")
 

@@ -10,7 +10,7 @@ from typing import Final
 
 import click
 
-from bench.report import RESULTS, Report, cpu_name, slug
+from bench.record import RESULTS, Record, cpu_name, slug
 from bench.rows import Row
 from bench.settings import QUICK, Settings
 
@@ -65,14 +65,14 @@ def host_command(
     sections = _sections(only)
     if out is None and not quick and only is None:
         out = RESULTS / f"host-{slug(cpu_name())}.json"
-    report = Report(out, dataclasses.asdict(settings) | {"quick": quick, "sections": sections})
+    record = Record(out, dataclasses.asdict(settings) | {"quick": quick, "sections": sections})
     for section in sections:
         measure: Callable[[Settings], Iterable[Row]] = getattr(import_module(SECTIONS[section]), section)
         click.echo(f"{section} …", err=True)
         for row in measure(settings):
-            report.add(row)
-    report.write(complete=True)
-    report.print_table()
+            record.add(row)
+    record.write(complete=True)
+    record.print_table()
     if out is not None:
         click.echo(f"written to {out}")
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from bench import manifests
 from bench.followers import NEWS, READY
 from bench.host_control import WAN, wan_store
-from bench.report import ROOT
+from bench.record import ROOT
 from bench.rows import Row, percentile
 from bench.settings import Settings
 from bench.shapes import shrink

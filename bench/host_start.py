@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench.report import ROOT
+from bench.record import ROOT
 from bench.rows import Goal, Row, clock
 from bench.settings import Settings
 from bench.waiting import Quiet

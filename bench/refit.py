@@ -28,7 +28,7 @@ import msgspec
 import weightstore
 from bench import manifests
 from bench.refit_rank import Group
-from bench.report import RESULTS, ROOT, Report, cpu_name, slug
+from bench.record import RESULTS, ROOT, Record, cpu_name, slug
 from bench.rows import Goal, Row, alternate, fastest
 from bench.settings import GIB, MIB
 from bench.shapes import cut, total_bytes
@@ -124,13 +124,13 @@ def refit_command(
     settings = dataclasses.replace(settings, **{k: v for k, v in chosen.items() if v is not None})
     if out is None and not quick:
         out = RESULTS / f"refit-{slug(_host(settings.device))}.json"
-    report = Report(out, dataclasses.asdict(settings) | {"quick": quick})
+    record = Record(out, dataclasses.asdict(settings) | {"quick": quick})
     for world in settings.ranks:
         click.echo(f"{world} ranks …", err=True)
         for row in refit(settings, world):
-            report.add(row)
-    report.write(complete=True)
-    report.print_table()
+            record.add(row)
+    record.write(complete=True)
+    record.print_table()
     if out is not None:
         click.echo(f"written to {out}")
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from bench.__main__ import main
 from bench.host import SECTIONS
-from bench.report import Report, cells
+from bench.record import Record, cells
 from bench.rows import Goal, Row, alternate, fastest, percentile
 from bench.settings import QUICK, Settings
 from bench.shapes import cut, modules_of, shrink, total_bytes
@@ -103,13 +103,13 @@ def test_help_lists_the_commands_without_importing_them() -> None:
 
 
 def test_results_are_whole_after_every_row(tmp_path: Path) -> None:
-    report = Report(tmp_path / "new" / "r.json", {"rounds": 1})
+    record = Record(tmp_path / "new" / "r.json", {"rounds": 1})
     for number, key in enumerate(("a", "b"), 1):
-        report.add(Row(key, f"row {key}", {"measured": [0.5, 0.25, 1.0]}))
+        record.add(Row(key, f"row {key}", {"measured": [0.5, 0.25, 1.0]}))
         found = json.loads((tmp_path / "new" / "r.json").read_text())
         assert len(found["rows"]) == number and not found["complete"]
         assert found["rows"][-1]["samples"] == {"measured": [0.5, 0.25, 1.0]}
-    report.write(complete=True)
+    record.write(complete=True)
     assert json.loads((tmp_path / "new" / "r.json").read_text())["complete"]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["r.json"]
 

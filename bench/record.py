@@ -23,7 +23,7 @@ RESULTS = ROOT / "bench" / "results"
 PLAIN_WIDTH = 140
 
 
-class Report:
+class Record:
     """Collects rows; `path` is replaced as a whole each time, None keeps them in memory only."""
 
     def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
