@@ -27,8 +27,8 @@ import msgspec
 
 import weightstore
 from bench import manifests
-from bench.refit_rank import Group
 from bench.record import RESULTS, ROOT, Record, cpu_name, slug
+from bench.refit_rank import Group
 from bench.rows import Goal, Row, alternate, fastest
 from bench.settings import GIB, MIB
 from bench.shapes import cut, total_bytes
