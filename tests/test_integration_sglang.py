@@ -18,8 +18,9 @@ from torch import nn
 
 from engine_hooks.hook import EngineHook
 from engine_hooks.integrations import sglang_diffusion
-from engine_hooks.integrations.sglang_diffusion import derived, engine, loading, ownership, plugin
+from engine_hooks.integrations.sglang_diffusion import derived, engine, loading, ownership, plugin, targets
 from engine_hooks.integrations.sglang_diffusion.names import Example, name_map
+from engine_hooks.integrations.sglang_diffusion.settings import Settings, settings
 from weightstore import Store
 from weightstore.errors import AttachError, UsageError
 from weightstore.local import local_store
@@ -359,9 +360,10 @@ def store() -> Iterator[Store]:
 def made(store: Store, monkeypatch: pytest.MonkeyPatch) -> plugin.Plugin:
     monkeypatch.setattr(plugin, "_modules", lambda pipeline: pipeline.modules)
     monkeypatch.setattr(plugin, "_device", lambda: CPU)
+    monkeypatch.setattr(plugin, "unhooked", lambda worker: [])
     monkeypatch.setattr(plugin, "_tensor_parallel", lambda: 1)
     monkeypatch.setattr(derived, "forget_conditioning", lambda: None)
-    return plugin.Plugin(sglang_diffusion.Settings("m", "latest", store.socket))
+    return plugin.Plugin(Settings("m", "latest", store.socket))
 
 
 def start(made: plugin.Plugin, reference: Transformer, weights: Any, **arguments: str) -> Any:
@@ -627,15 +629,28 @@ def test_a_worker_without_anything_of_the_stores_is_sglangs(made: plugin.Plugin)
     assert not ok and "the log says why" in message
 
 
+def test_an_engine_of_which_only_some_is_hooked_is_refused(made: plugin.Plugin) -> None:
+    def wrapped() -> None:
+        pass
+
+    wrapped.__wrapped__ = wrapped  # type: ignore[attr-defined]
+    hooked = {target.rpartition(".")[2]: wrapped for target in targets.HOOKS if "GPUWorker" in target}
+    assert targets.unhooked(type("Worker", (), hooked)()) == []
+    hooked["release_memory_occupation"] = lambda: None
+    assert targets.unhooked(type("Worker", (), hooked)()) == ["release_memory_occupation"]
+    del hooked["is_sleeping"]
+    assert targets.unhooked(type("Worker", (), hooked)()) == ["release_memory_occupation", "is_sleeping"]
+
+
 # -- switching on ------------------------------------------------------------------------------------
 
 
 def test_settings() -> None:
-    assert sglang_diffusion.settings({}) is None
-    assert sglang_diffusion.settings({"WEIGHTSTORE_MODEL": " "}) is None
-    assert sglang_diffusion.settings({"WEIGHTSTORE_MODEL": "m"}) == ("m", "latest", None)
+    assert settings({}) is None
+    assert settings({"WEIGHTSTORE_MODEL": " "}) is None
+    assert settings({"WEIGHTSTORE_MODEL": "m"}) == ("m", "latest", None)
     everything = {"WEIGHTSTORE_MODEL": "m", "WEIGHTSTORE_TAG": "policy", "WEIGHTSTORE_SOCKET": "/s"}
-    assert sglang_diffusion.settings(everything) == ("m", "policy", "/s")
+    assert settings(everything) == ("m", "policy", "/s")
 
 
 def test_activate(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,51 +16,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any
 
-from weightstore.types import DEFAULT_TAG
+from engine_hooks.integrations.sglang_diffusion.settings import settings
+from engine_hooks.integrations.sglang_diffusion.targets import HOOKS
 
 _log = logging.getLogger("engine_hooks")
-
-_WORKER: Final = "sglang.multimodal_gen.runtime.managers.gpu_worker.GPUWorker"
-_SCHEDULER: Final = "sglang.multimodal_gen.runtime.managers.scheduler.Scheduler"
-_LOADER: Final = "sglang.multimodal_gen.runtime.loader"
-
-HOOKS: Final[dict[str, str]] = {
-    f"{_LOADER}.component_loaders.component_loader.PipelineComponentLoader.load_component": "load_component",
-    f"{_LOADER}.fsdp_load.load_model_from_full_model_state_dict": "load_weights",
-    f"{_WORKER}.init_device_and_model": "init_device_and_model",
-    f"{_WORKER}.release_memory_occupation": "release",
-    f"{_WORKER}.resume_memory_occupation": "resume",
-    f"{_WORKER}.is_sleeping": "is_sleeping",
-    f"{_WORKER}.update_weights_from_disk": "update_from_disk",
-    f"{_WORKER}.update_weights_from_tensor": "update_from_tensor",
-    f"{_WORKER}.update_weights_from_tensor_checker": "check_tensors",
-    f"{_WORKER}.get_weights_checksum": "checksum",
-    f"{_WORKER}.set_lora": "set_lora",
-    f"{_WORKER}.merge_lora_weights": "merge_lora",
-    f"{_WORKER}.unmerge_lora_weights": "merge_lora",
-    f"{_SCHEDULER}._handle_update_weights_from_disk": "schedule_update_from_disk",
-}
-"""What of SGLang is wrapped, and by which method of `Plugin`. Each gets the original first."""
-
-
-class Settings(NamedTuple):
-    """`socket` None is the store's default."""
-
-    model: str
-    tag: str
-    socket: str | None
-
-
-def settings(environ: Mapping[str, str]) -> Settings | None:
-    """What the environment asks for; None if it names no model."""
-    model = environ.get("WEIGHTSTORE_MODEL", "").strip()
-    if not model:
-        return None
-    tag = environ.get("WEIGHTSTORE_TAG", "").strip() or DEFAULT_TAG
-    return Settings(model, tag, environ.get("WEIGHTSTORE_SOCKET", "").strip() or None)
 
 
 def activate() -> None:

@@ -11,11 +11,12 @@ from weakref import WeakKeyDictionary
 import torch
 
 from engine_hooks.hook import EngineHook
-from engine_hooks.integrations.sglang_diffusion import Settings
 from engine_hooks.integrations.sglang_diffusion.engine import STORE, Engine
 from engine_hooks.integrations.sglang_diffusion.loading import Loading
 from engine_hooks.integrations.sglang_diffusion.names import name_map
 from engine_hooks.integrations.sglang_diffusion.ownership import configured, left_to_sglang
+from engine_hooks.integrations.sglang_diffusion.settings import Settings
+from engine_hooks.integrations.sglang_diffusion.targets import unhooked
 from weightstore.errors import AttachError, UsageError
 from weightstore.types import component_of
 
@@ -46,6 +47,11 @@ class Plugin:
 
     def init_device_and_model(self, original: Original, worker: Any) -> None:
         """Around a worker's building of its pipeline: attach what was built."""
+        if missing := unhooked(worker):
+            raise AttachError(
+                f"this version of SGLang Diffusion has no {', '.join(missing)} to hook (made for 0.5.23); unset "
+                "WEIGHTSTORE_MODEL"
+            )
         self._loading = Loading(self._store, self._settings.model, self._settings.tag)
         try:
             original(worker)
