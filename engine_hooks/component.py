@@ -32,8 +32,8 @@ class Component:
         self.binding = Binding(surveyed, image.tensor())
         self.engine_state = EngineState(surveyed.state_offset, surveyed.nbytes - surveyed.state_offset)
         self.tensors = len(surveyed.members)
-        # Offsets of slots that changed in versions the image missed; None means that any may have.
-        self._stale: set[int] | None = set()
+        # Slots that changed in versions the image missed, by offset; None means that any may have.
+        self._stale: dict[int, Slot] | None = {}
         self._module = module
         self._guard: Guard | None = None
         self._state = State.ASLEEP
@@ -74,18 +74,20 @@ class Component:
         if slots is None:
             self._stale = None
         elif self._stale is not None:
-            self._stale.update(slot.offset for slot in slots if slot.nbytes)
+            self._stale.update((slot.offset, slot) for slot in slots if slot.nbytes)
 
     def stale_slots(self) -> list[Slot]:
-        """The slots that may differ between what the image held last and the newest version it missed."""
-        stale = self._stale
-        return [slot for slot in self.layout.slots if slot.nbytes and (stale is None or slot.offset in stale)]
+        """The slots that may differ between what the image held last and the newest version it missed, by
+        rising offset."""
+        if self._stale is None:
+            return [slot for slot in self.layout.slots if slot.nbytes]
+        return [slot for _, slot in sorted(self._stale.items())]
 
     def caught_up(self) -> list[str]:
         """The image holds the newest version: raise autograd's version of what changed; returns the names."""
         changed = self.stale_slots()
         self.binding.mark_changed(slot.offset for slot in changed)
-        self._stale = set()
+        self._stale = {}
         return [name for slot in changed for name in slot.names]
 
     def adapt(self, slots: Iterable[Slot], added: Adapters, source: ArenaMapping) -> int:

@@ -10,12 +10,11 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from engine_hooks.adapters import readapted_slots
 from engine_hooks.backend import DeviceBackend, Meanwhile, Run
 from engine_hooks.component import Component
-from engine_hooks.following import Held
+from engine_hooks.following import Changes, Held
 from engine_hooks.lifecycle import Event, State
-from engine_hooks.plan import Slot, changed_slots, runs_for, runs_of
+from engine_hooks.plan import runs_for, runs_of
 from weightstore.errors import AttachError, UsageError
 from weightstore.mapping import ArenaMapping
 
@@ -108,10 +107,10 @@ class Components:
             component.missed(None)
 
     def update(
-        self, old: Held, new: Held, comparable: bool, source: ArenaMapping, meanwhile: Meanwhile | None
+        self, new: Held, changes: Changes | None, source: ArenaMapping, meanwhile: Meanwhile | None
     ) -> tuple[list[Run], int]:
-        """Bring awake images from `old` to `new`; on failure those with something to copy are BROKEN.
-        `meanwhile` as in `DeviceBackend.update`.
+        """Bring awake images to `new`, which has these changes; on failure those with something to copy are
+        BROKEN. `meanwhile` as in `DeviceBackend.update`.
 
         Returns the runs copied and the number of weights that got an adapter. Raises AttachError, with
         nothing copied, if weights to be changed no longer lie in their image.
@@ -119,11 +118,7 @@ class Components:
         todo = []
         merged = 0
         for name, component in self._all.items():
-            slots: list[Slot] | None = None
-            if comparable:
-                slots = changed_slots(component.layout, old.records[name], new.records[name])
-                slots += readapted_slots(component.layout, old.adapters, new.adapters)
-            component.missed(slots)
+            component.missed(None if changes is None else changes[name])
             runs = runs_for(component.stale_slots(), new.records[name]) if component.awake else []
             if runs:
                 todo.append((component, runs))

@@ -15,13 +15,13 @@ refits or wakes finds it done.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from engine_hooks.adapters import Adapters
-from engine_hooks.plan import Layout, Records, by_component, misfits
+from engine_hooks.adapters import Adapters, readapted_slots
+from engine_hooks.plan import Layout, Records, Slot, by_component, changed_slots, misfits
 from weightstore.errors import AttachError, LeaseLost, StoreGone, StoreTimeout, WeightstoreError
 from weightstore.lora.stored import adapters_in
 from weightstore.mapping import ArenaMapping
@@ -34,15 +34,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("engine_hooks")
 
 
-class Step(NamedTuple):
-    """Where the images go next. `comparable`: whether its places can be compared with those of `held`.
-    `ahead`: the lease still stands on `held`, and `Following.take` has to follow."""
-
-    held: Held
-    comparable: bool
-    ahead: bool
-
-
 @dataclass(frozen=True)
 class Held:
     """A version: its number, each component's records (ignored names left out), and its adapters."""
@@ -50,6 +41,28 @@ class Held:
     version: int
     records: Mapping[str, Records]
     adapters: Adapters
+
+
+Changes = Mapping[str, Sequence[Slot]]
+"""For each component the slots whose bytes are others in a newer version."""
+
+
+class Step(NamedTuple):
+    """Where the images go next: a version, and what it changes (None: it may be anything). `ahead`: the lease
+    still stands on the version before, and `Following.take` has to follow."""
+
+    held: Held
+    changes: Changes | None
+    ahead: bool
+
+
+class _Prepared(NamedTuple):
+    """A step that was worked out when it was offered: what it starts from, and where its bytes end."""
+
+    start: Held
+    held: Held
+    changes: Changes
+    end: int
 
 
 class Following:
@@ -71,8 +84,8 @@ class Following:
         if reasons:
             raise self._unfit(lease.version, reasons)
         self.held = Held(lease.version, {name: layout.records for name, layout in layouts.items()}, adapters)
-        self._ready: Held | None = None
-        lease.on_records = self._prepare
+        self._prepared: _Prepared | None = None
+        lease.on_records = self._offered
 
     @property
     def store(self) -> Store:
@@ -157,14 +170,16 @@ class Following:
         offer = lease.offer
         on_held = lease.version == self.held.version and not lease.torn
         if on_held and offer is not None and offer.records is not None:
-            if end_of(offer.records.values()) <= lease.mapping.nbytes:
-                with suppress(AttachError):  # taken all the same: the store offers no other before that
-                    return Step(self._fit(offer.version, offer.records), comparable=True, ahead=True)
-        # The lease was on `held` when it had that offer, so both versions were alive then.
+            with suppress(AttachError):  # taken all the same: the store offers no other before that
+                prepared = self._prepare(offer.version, offer.records)
+                if prepared.end <= lease.mapping.nbytes:
+                    return Step(prepared.held, prepared.changes, ahead=True)
         lease.advance()
         lease.require_readable(lease.version)
-        comparable = on_held and offer is not None and lease.version == offer.version
-        return Step(self._fitting(), comparable, ahead=False)
+        held = self._fitting()
+        # The lease was on `held` when it had that offer, so both versions were alive then.
+        comparable = on_held and offer is not None and held.version == offer.version
+        return Step(held, self._changes(held) if comparable else None, ahead=False)
 
     def take(self, held: Held) -> None:
         """Move the lease to what `step` said, while its bytes are being copied or once they have been.
@@ -187,25 +202,39 @@ class Following:
 
     def _fit(self, version: int, records: Records) -> Held:
         """A version as this engine sees it. Raises AttachError."""
-        for known in (self.held, self._ready):
+        prepared = self._prepared
+        for known in (self.held, None if prepared is None else prepared.held):
             if known is not None and known.version == version:
                 return known
-        held, reasons = self._look_at(version, records)
-        if reasons:
-            raise self._unfit(version, reasons)
-        return held
-
-    def _prepare(self, version: int, records: Records) -> None:
-        """On the connection's thread: have ready what will be asked for, if it fits."""
-        held, reasons = self._look_at(version, records)
-        self._ready = None if reasons else held
-
-    def _look_at(self, version: int, records: Records) -> tuple[Held, list[str]]:
-        """A version, and why it cannot fill the images."""
         grouped = by_component(records, self._layouts, self._ignored)
         reasons = [line for name, layout in self._layouts.items() for line in misfits(layout, grouped[name])]
         adapters, misfit = adapters_in(records)
-        return Held(version, grouped, adapters), reasons + misfit
+        if reasons or misfit:
+            raise self._unfit(version, reasons + misfit)
+        return Held(version, grouped, adapters)
+
+    def _changes(self, new: Held) -> Changes:
+        old = self.held
+        return {
+            name: changed_slots(layout, old.records[name], new.records[name])
+            + readapted_slots(layout, old.adapters, new.adapters)
+            for name, layout in self._layouts.items()
+        }
+
+    def _prepare(self, version: int, records: Records) -> _Prepared:
+        """The step from `held` to a version that was offered. Raises AttachError."""
+        prepared, start = self._prepared, self.held
+        if prepared is None or prepared.start is not start or prepared.held.version != version:
+            held = self._fit(version, records)
+            prepared = _Prepared(start, held, self._changes(held), end_of(records.values()))
+            self._prepared = prepared
+        return prepared
+
+    def _offered(self, version: int, records: Records) -> None:
+        """On the connection's thread: have ready what will be asked for. A version that does not fit is
+        somebody else's to report, once he meets it."""
+        with suppress(AttachError):
+            self._prepare(version, records)
 
     def _unfit(self, version: int, reasons: list[str]) -> AttachError:
         return AttachError(

@@ -316,15 +316,12 @@ class EngineHook:
     def _follow(self) -> tuple[list[Run], int]:
         """One step to a newer version; the runs copied, and weights that got an adapter."""
         following = self._following
-        held, comparable, ahead = following.step()
+        held, changes, ahead = following.step()
         if not ahead:
-            old = following.held
             following.settle(held)
-            return self._components.update(old, held, comparable, following.mapping, None)
+            return self._components.update(held, changes, following.mapping, None)
         # The store learns of the move, and may answer with the next offer, while the bytes are on their way.
-        return self._components.update(
-            following.held, held, comparable, following.mapping, lambda: following.take(held)
-        )
+        return self._components.update(held, changes, following.mapping, lambda: following.take(held))
 
     # -- verify, close -----------------------------------------------------------------------------
 
