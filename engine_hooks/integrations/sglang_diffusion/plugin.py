@@ -49,8 +49,8 @@ class Plugin:
         """Around a worker's building of its pipeline: attach what was built."""
         if missing := unhooked(worker):
             raise AttachError(
-                f"this version of SGLang Diffusion has no {', '.join(missing)} to hook (made for 0.5.23); unset "
-                "WEIGHTSTORE_MODEL"
+                f"this version of SGLang Diffusion has no {', '.join(missing)} to hook (made for 0.5.23); "
+                "unset WEIGHTSTORE_MODEL"
             )
         self._loading = Loading(self._store, self._settings.model, self._settings.tag)
         try:
