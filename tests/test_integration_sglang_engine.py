@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine_hooks.integrations.sglang_diffusion import loading
+from engine_hooks.integrations.sglang_diffusion import derived, loading, targets
 from engine_hooks.integrations.sglang_diffusion.names import name_map
 from weightstore.names.router import Router
 
@@ -77,6 +78,31 @@ def test_the_map_does_what_sglangs_own_mapping_does(architecture: str) -> None:
         route = routes.route(f"transformer.{name}")
         assert route.targets == ((f"transformer.{target}",) if target else ())
         assert piece is None or route.piece == piece
+
+
+def test_sglangs_own_fp32_norms_are_renewed_in_place() -> None:
+    from sglang.multimodal_gen.runtime.layers.layernorm import FP32LayerNorm
+
+    norm = FP32LayerNorm(8, dtype=torch.bfloat16)
+    x = torch.randn(2, 8, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        norm.forward_native(x)
+    copy = vars(norm)["_weight_fp32_cache"][1]
+    with torch.no_grad():
+        norm.weight.fill_(2.0)
+        norm.bias.fill_(1.0)
+    assert derived.renew_fp32_norms(norm) == 2
+    with torch.inference_mode():
+        again = norm.forward_native(x)
+    assert vars(norm)["_weight_fp32_cache"][1] is copy and copy.tolist() == [2.0] * 8
+    fresh = FP32LayerNorm(8, dtype=torch.bfloat16)
+    fresh.load_state_dict(norm.state_dict())
+    assert torch.equal(again, fresh.forward_native(x))
+
+
+def test_every_hooked_name_is_there() -> None:
+    for target in targets.HOOKS:
+        assert callable(pkgutil.resolve_name(target)), target
 
 
 @pytest.mark.slow
