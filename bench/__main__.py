@@ -14,6 +14,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "host": ("bench.host", "Put, wake, load and control on this machine's CPU and memory."),
     "gpu": ("bench.gpu", "Sleep, wake, put, refit and relaunch on a GPU, against its link and other tools."),
     "refit": ("bench.refit", "A refit by all ranks of a sharded trainer, against gathering on one."),
+    "rl-step": ("bench.rl_step.command", "An RL step's sleep, refit and wake against kill and relaunch."),
     "sglang": ("bench.sglang_engine", "The real SGLang Diffusion engine, stock and through the store."),
 }
 """Command name: the module it lives in (where it is called `<name>_command`), its line in --help."""
@@ -26,7 +27,9 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(import_module(COMMANDS[cmd_name][0]), f"{cmd_name}_command")
+        command: click.Command = getattr(
+            import_module(COMMANDS[cmd_name][0]), f"{cmd_name.replace('-', '_')}_command"
+        )
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
