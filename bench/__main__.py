@@ -15,6 +15,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "gpu": ("bench.gpu", "Sleep, wake, put, refit and relaunch on a GPU, against its link and other tools."),
     "refit": ("bench.refit", "A refit by all ranks of a sharded trainer, against gathering on one."),
     "rl-step": ("bench.rl_step.command", "An RL step's sleep, refit and wake against kill and relaunch."),
+    "report": ("bench.report", "docs/benchmarks.md, its charts and the README's part, from the results."),
     "sglang": ("bench.sglang_engine", "The real SGLang Diffusion engine, stock and through the store."),
 }
 """Command name: the module it lives in (where it is called `<name>_command`), its line in --help."""

@@ -28,7 +28,7 @@ ANSWER: Final = 300.0
 """Seconds that any one answer may take."""
 GRACE: Final = 20.0
 """Seconds past the budget in which what was begun may end."""
-TAKE_MORE: Final = 4 * GIB
+TAKE_MORE: Final = 2 * GIB
 """How much more than is free beside the awake engine the trainer needs."""
 TAKE_ON_CPU: Final = 32 << 20
 LIMIT_ROUNDS: Final = 3
@@ -48,6 +48,7 @@ class Run:
         self.device: str = "cuda:0" if options["device"] == "cuda" else "cpu"
         self.seed: int = options["seed"]
         self.cycles: int = options["cycles"]
+        self.slow_cycles: int = options["slow_cycles"]
         self.scratch: Path = options["scratch"]
         self.logs: Path = options["logs"]
         self.configs: Path = options["configs"]
@@ -174,7 +175,7 @@ class Run:
             found.note("trainer_needs", self._take)
         found.way(key, setup=setup | {"first_image": first["seconds"], "own_image": own})
         found.way(key, awake=self.memory(way))
-        count = 1 if way.cold else min(self.cycles, 2) if way.slow else self.cycles
+        count = 1 if way.cold else self.slow_cycles if way.slow else self.cycles
         took = 0.0
         for number in range(1, count + 1):
             if took > self.left():
@@ -337,8 +338,9 @@ def _sharing(counts: Sequence[int], patience: float) -> Iterator[dict[str, Any]]
     help="Which; they run in an order of their own. 3c: with a cold page cache; 6k: with its backup kept.",
 )
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cpu", show_default=True)
+@click.option("--cycles", type=click.IntRange(min=1), default=5, show_default=True, help="Of way 1.")
 @click.option(
-    "--cycles", type=click.IntRange(min=1), default=5, show_default=True, help="Of way 1; slow ways: 2."
+    "--slow-cycles", type=click.IntRange(min=1), default=2, show_default=True, help="Of all others; 3c: 1."
 )
 @click.option("--seed", type=int, default=7, show_default=True)
 @click.option("--budget", type=float, metavar="SECONDS", help="No way and no cycle begins after that time.")
@@ -360,6 +362,7 @@ def rl_step_command(
     ways: str,
     device: str,
     cycles: int,
+    slow_cycles: int,
     seed: int,
     budget: float | None,
     scratch: Path | None,
@@ -383,7 +386,14 @@ def rl_step_command(
         scratch.mkdir(parents=True, exist_ok=True)
         (logs / "logs").mkdir()
         found = Found(None, machine=machine(), command=command)
-        options = {"model": model, "device": device, "seed": seed, "cycles": cycles, "budget": budget}
+        options = {
+            "model": model,
+            "device": device,
+            "seed": seed,
+            "cycles": cycles,
+            "slow_cycles": slow_cycles,
+            "budget": budget,
+        }
         found.all["settings"] = {**options, "ways": [way.key for way in chosen]}
         sampler = held.enter_context(Sampler(device))
         run = Run(

@@ -1,0 +1,301 @@
+"""The words around the numbers: docs/benchmarks.md, and the README's part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from bench.report.results import Entry, Group
+from bench.rl_step import summary
+from bench.rl_step.summary import seconds
+from bench.rl_step.ways import PHASES, WAYS
+from weightstore.sizes import format_size
+
+Json = Mapping[str, Any]
+
+HEAD: Final = """# Benchmarks: an RL step's sleep, refit and wake
+
+<!-- Made by `python -m bench report` from the files in bench/results; changes here are lost. -->
+
+A trainer and an image server take turns on one device. The server is a diffusers pipeline with random
+weights in a process of its own, the trainer another process with a transformer of its own; on a GPU the
+device does not hold what both need at once. Timed is what lies between the last image on the old weights and
+the first image on the new ones, from outside, as the loop that drives them sees it:
+
+- *drain*: no request is in flight any more; *sleep*: the engine gives the device's memory back; *memory*:
+  the trainer has what it needs;
+- the trainer's step is not counted: AdamW on some layers and weight decay of every tensor, so that all of
+  the transformer changes; it is the same in every way;
+- *refit*: the new weights are where the engine gets them from, or has them; *wake*: the engine is ready to
+  draw; *image*: what the first image takes beyond the engine's usual time for one.
+
+*Overhead* is the sum. The first cycle stands apart from the steady ones, whose medians are shown. *Pictures*
+says whether every image equals, bit for bit, what the other ways drew after as many steps.
+"""
+
+NONE: Final = "No results yet: run `python -m bench rl-step`, then `python -m bench report`.\n"
+
+
+def benchmarks(groups: Sequence[Group]) -> str:
+    """The whole of docs/benchmarks.md."""
+    parts = [HEAD]
+    if not groups:
+        parts.append(NONE)
+    for group in groups:
+        parts += list(_group(group))
+    return "\n".join(parts)
+
+
+def readme(groups: Sequence[Group]) -> str:
+    """What stands between the README's markers: of the largest model on a GPU."""
+    shown = [group for group in groups if group.on_gpu and summary.OURS in _measured(group)]
+    if not shown:
+        return f"{NONE}\n"
+    group = shown[0]
+    lines = [_headline(group), ""]
+    lines += _table(("", "steady overhead", "first cycle"), _headline_rows(group))
+    lines += [
+        "",
+        f"![Seconds by phase, from image to image](docs/pictures/{phases_picture(group)})",
+        "",
+        "Every way, its phases, memory over time and how it was measured: "
+        "[docs/benchmarks.md](docs/benchmarks.md).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def phases_picture(group: Group) -> str:
+    return f"rl-step-{group.model}{_suffix(group)}.png"
+
+
+def memory_picture(group: Group) -> str:
+    return f"rl-step-{group.model}{_suffix(group)}-memory.png"
+
+
+def sharing_picture(group: Group) -> str:
+    return f"rl-step-{group.model}{_suffix(group)}-engines.png"
+
+
+def _suffix(group: Group) -> str:
+    return "" if group.on_gpu else "-cpu"
+
+
+# -- one model on one device ----------------------------------------------------------------------------
+
+
+def _group(group: Group) -> Iterator[str]:
+    yield f"## {group.model} on {_device(group)}\n"
+    if not group.on_gpu:
+        yield (
+            "Here engine and trainer share a CPU's memory: this shows that every way works and that the "
+            "pictures are equal, not how fast anything is. Most of a relaunch is imports.\n"
+        )
+    model = group.newest["model"]
+    yield (
+        f"{model['pipeline']}, {_gb(model['whole_bytes'])} of weights in {model['dtype']}, of which the "
+        f"{model['trained']} has {_gb(model['trained_bytes'])} in {model['trained_tensors']} tensors; "
+        f"images of {model['side']} × {model['side']} in {model['steps']} steps.\n"
+    )
+    if summary.OURS in _measured(group):
+        yield _headline(group) + "\n"
+    yield from (_lines(_ways_table(group)), _lines(_explained(group)))
+    if group.measured:
+        yield f"![Seconds by phase, from image to image](pictures/{phases_picture(group)})\n"
+        yield f"![Memory over a steady cycle of each way](pictures/{memory_picture(group)})\n"
+        yield (
+            "Memory is the machine's: the device's by NVML, the host's without page cache, less what was in "
+            "use before the first way. *Processes* is what those that take part have by PSS (which does not "
+            "see what a driver pins for them), *arena* its pages, counted once:\n"
+        )
+        yield _lines(_memory_table(group))
+    checks = group.checks
+    if checks:
+        yield "### What must hold\n"
+        yield _lines(_checks_table(checks))
+    if group.sharing:
+        yield "### Host memory by the number of engines\n"
+        yield (
+            f"Real processes on one store, the arena's pages by PSS over all of them; "
+            f"{_sizes(group.sharing)}. With one version, and after refits of which every engine took "
+            "every one:\n"
+        )
+        yield _lines(_sharing_table(group.sharing))
+        yield f"![Host memory by the number of engines](pictures/{sharing_picture(group)})\n"
+    yield "### Where and how\n"
+    yield _lines(_facts(group))
+
+
+def _measured(group: Group) -> dict[str, Entry]:
+    return {entry.key: entry for entry in group.measured}
+
+
+def _headline(group: Group) -> str:
+    ours = _measured(group)[summary.OURS]
+    text = f"Steady, weightstore is {seconds(summary.overhead(ours.way))} from image to image"
+    bound = summary.least(ours.found)
+    if bound is not None and group.on_gpu:
+        ratio = summary.overhead(ours.way) / bound
+        text += f", {ratio:.2f} × what the link needs for the bytes ({seconds(bound)})"
+    rivals = [
+        f"{entry.times_ours:.0f} × as long for “{entry.title}” ({seconds(summary.overhead(entry.way))})"
+        for key in ("3", "4", "6")
+        if (entry := _measured(group).get(key)) is not None and entry.times_ours is not None
+    ]
+    return f"{text}; {', '.join(rivals)}." if rivals else f"{text}."
+
+
+def _headline_rows(group: Group) -> Iterator[list[str]]:
+    for entry in group.measured:
+        steady = seconds(summary.overhead(entry.way)) if summary.has_steady(entry.way) else "–"
+        name = f"**{entry.title}**" if entry.key == summary.OURS else entry.title
+        yield [name, steady, seconds(summary.first_overhead(entry.way))]
+
+
+def _ways_table(group: Group) -> list[str]:
+    titles = ["", "way", "first", "steady", *PHASES, "× weightstore", "pictures"]
+    return _table(titles, (_way_row(entry) for entry in group.entries.values()))
+
+
+def _way_row(entry: Entry) -> list[str]:
+    name = f"**{entry.title}**" if entry.key == summary.OURS else entry.title
+    if not entry.has_numbers:
+        return [entry.key, name, *["–"] * (len(PHASES) + 4)]
+    way = entry.way
+    split = summary.phases(summary.steady(way))
+    steady = seconds(summary.overhead(way)) if summary.has_steady(way) else "–"
+    times = entry.times_ours
+    return [
+        entry.key,
+        name,
+        seconds(summary.first_overhead(way)),
+        steady,
+        *(seconds(split[name]) if split[name] else "–" for name in PHASES),
+        "" if times is None else f"{times:.1f}",
+        "equal" if summary.pictures_equal(way) else "differ",
+    ]
+
+
+def _explained(group: Group) -> Iterator[str]:
+    """What each way does, why one has no numbers, and what differs."""
+    for entry in group.entries.values():
+        kind = WAYS.get(entry.key)
+        text = f"- {entry.key}: {kind.what}" if kind is not None else f"- {entry.key}: {_engine(entry)}"
+        if not entry.has_numbers:
+            text += f". **No numbers: {entry.way['status']}**: {_short(entry.way['reason'])}"
+        elif entry.way["status"] == "cut":
+            text += f". Cut short: {entry.way['reason']}"
+        differing = [c["differs"] for c in entry.way["cycles"] if c.get("differs")]
+        if differing and entry.has_numbers:
+            text += f". Pictures differ {differing[0]}"
+        yield f"{text}."
+
+
+def _engine(entry: Entry) -> str:
+    text = "SGLang's own server processes, asked through its scheduler"
+    nbytes = entry.way["notes"].get("refit_bytes")
+    return f"{text}; its refit is of {_gb(nbytes)}" if nbytes else text
+
+
+def _short(reason: str | None) -> str:
+    """The first line: what a child said in its log is in the file."""
+    return (reason or "").splitlines()[0].rstrip(".;") if reason else "no reason was recorded"
+
+
+def _memory_table(group: Group) -> list[str]:
+    rows = []
+    for entry in group.measured:
+        last = entry.way["cycles"][-1].get("memory")
+        if last is None:
+            continue
+        base = entry.found["baseline"]["host"]
+        row = [entry.title]
+        for state in ("awake", "asleep"):
+            point = last[state]
+            device = "–" if point["device"] is None else format_size(point["device"])
+            row += [
+                device,
+                format_size(max(point["used"] - base, 0)),
+                format_size(point["processes"]),
+                format_size(point["arena"]) if point["arena"] else "–",
+            ]
+        rows.append(row)
+    titles = [f"{state}: {what}" for state in ("awake", "asleep") for what in _KINDS]
+    return _table(["", *titles], rows)
+
+
+_KINDS: Final = ("device", "host", "processes", "arena")
+
+
+def _checks_table(checks: Iterable[summary.Check]) -> list[str]:
+    rows = [
+        [
+            check.what,
+            f"{check.value:.3g} {check.unit}" if check.value < 1000 else f"{check.value:.0f} {check.unit}",
+            f"{'≥' if check.goal.at_least else '≤'} {check.goal.bound:g}",
+            "met" if check.met else "**missed**",
+        ]
+        for check in checks
+    ]
+    return _table(("", "measured", "goal", ""), rows)
+
+
+def _sharing_table(rows: Sequence[Json]) -> list[str]:
+    cells = [
+        [
+            str(row["engines"]),
+            format_size(row["one_version"]),
+            f"{summary.copies_of_one(row):.3f} ×",
+            format_size(row["after_refits"]),
+            f"{summary.copies_of_trained(row):.3f} ×",
+        ]
+        for row in rows
+    ]
+    return _table(("engines", "one version", "of the model", "after refits", "trained part"), cells)
+
+
+def _sizes(rows: Sequence[Json]) -> str:
+    row = rows[0]
+    return f"frozen {format_size(row['frozen_bytes'])}, trained {format_size(row['trained_bytes'])}"
+
+
+def _facts(group: Group) -> Iterator[str]:
+    for number, run in enumerate(group.runs, 1):
+        machine, limit = run["machine"], run["limit"]
+        device = limit["device"]
+        name = "This run" if len(group.runs) == 1 else f"Run {number}"
+        facts = [device["device"]]
+        if "driver" in device:
+            facts.append(f"driver {device['driver']}, CUDA {device['torch_cuda']}, /dev/shm {device['shm']}")
+        facts.append(f"{machine['cores']} cores ({machine['cpu']}), {machine['memory']} of memory")
+        facts.append(f"Python {machine['python']}, torch {machine['torch']}, kernel {machine['kernel']}")
+        facts.append(f"revision {machine['revision'][:12].strip()}")
+        yield f"- {name}, {machine['date'][:10]}: {'; '.join(facts)}."
+        into, out = summary.rate(run, "h2d"), summary.rate(run, "d2h")
+        if into is not None and out is not None and group.on_gpu:
+            yield (
+                f"- Its link, one pinned copy of the same bytes: {into / 1e9:.1f} GB/s to the device, "
+                f"{out / 1e9:.1f} GB/s from it."
+            )
+        if run.get("trainer_needs"):
+            yield f"- For its step the trainer took {format_size(run['trainer_needs'])} of device memory."
+        if not run["complete"]:
+            yield f"- It was cut off after {run['seconds']:.0f} s; what it had found until then is here."
+        yield f"- Again: `{run['command']}`, then `python -m bench report`."
+
+
+def _device(group: Group) -> str:
+    return "a CPU" if not group.on_gpu else group.device
+
+
+def _gb(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else format_size(int(nbytes))
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(titles) + " |", "|" + "|".join(["---"] * len(titles)) + "|"]
+    return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+
+
+def _lines(lines: Iterable[str]) -> str:
+    return "\n".join(lines) + "\n"
