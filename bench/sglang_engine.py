@@ -228,28 +228,33 @@ class Trainer:
         self._base: dict[str, Any] | None = None
 
     def keep(self) -> None:
-        """Read what will be written while the files are whole."""
+        """Read what will be written while the files are whole. Into host memory: what this process has on
+        the GPU must not be taken for the engine's."""
         from bench.sglang_role import scaled
 
         if self._base is None:
-            read = scaled(str(self._options.model_dir), 1.0, list(PARTS), self._options.device)
-            # Copies: on the CPU they would be the file's own pages.
+            read = scaled(str(self._options.model_dir), 1.0, list(PARTS), "cpu")
             self._base = {f"transformer.{name}": tensor.clone() for name, tensor in read.items()}
 
     def refit(self, factor: float) -> dict[str, Any]:
+        import torch
+
         self.keep()
         assert self._base is not None
-        tensors = {name: tensor * factor if factor != 1.0 else tensor for name, tensor in self._base.items()}
+        device = self._options.device
+        tensors = {name: tensor.to(device) * factor for name, tensor in self._base.items()}
         if not self._options.cpu:
-            import torch
-
             torch.cuda.synchronize()
         began = time.perf_counter()
         with self._store.refit(MODEL, components=["transformer"], partial=True) as refit:
             refit.put_many(tensors)
         seconds = time.perf_counter() - began
         nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        return {"put_and_commit": seconds, "bytes": nbytes, "tensors": len(tensors)}
+        count = len(tensors)
+        tensors.clear()
+        if not self._options.cpu:
+            torch.cuda.empty_cache()
+        return {"put_and_commit": seconds, "bytes": nbytes, "tensors": count}
 
 
 def behead(model_dir: Path) -> int:

@@ -22,8 +22,18 @@ _traced: dict[str, int] = {}
 def activate() -> None:
     from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry, HookType
 
+    _lend_weak_references()
     HookRegistry.register(f"{_WORKER}.list_loras", _facts, HookType.AROUND)
     HookRegistry.register(f"{_SCHEDULER}._handle_release_memory_occupation", _release, HookType.AROUND)
+
+
+def _lend_weak_references() -> None:
+    """A stand-in for sgl_kernel, where the real one cannot be had, lacks what SGLang's graphs need: a second
+    handle on a tensor's memory. A strong one serves, and costs memory."""
+    import sgl_kernel
+
+    if "stub" in getattr(sgl_kernel, "__version__", ""):
+        sgl_kernel.weak_ref_tensor = lambda tensor: tensor
 
 
 def _facts(original: Any, worker: Any) -> Any:

@@ -21,6 +21,7 @@ from engine_hooks.find import Found
 from engine_hooks.groups import raw_bytes, span
 from engine_hooks.survey import Member, Survey
 from weightstore.errors import AttachError
+from weightstore.tensors import bits_of
 
 
 class Binding:
@@ -87,6 +88,27 @@ class Binding:
         if in_place and all(table.get(key) is tensor for table, key, tensor in places):
             return []
         return _strays(self._weights)
+
+    def take_back(self) -> list[str]:
+        """Put back into the image what only moved: weights whose tensors have their dtype, shape and bits
+        still, but other memory, as ``module.to(memory_format=…)`` gives them. They get the image's memory
+        order. The image must be mapped. Returns the names of those that are gone: replaced, or changed.
+        """
+        lost = []
+        for member in self._members_moved():
+            tensor = member.found.tensor
+            view = _view(_own_storage(self._image, member.slot, member.room), member)
+            shown = all(table.get(key) is tensor for table, key in member.found.places)
+            same = tensor.dtype == view.dtype and tensor.shape == view.shape and tensor.device == view.device
+            if shown and same and torch.equal(bits_of(tensor), bits_of(view)):
+                _rebind(tensor, view)
+            else:
+                lost.append(member.found.name)
+        return lost
+
+    def _members_moved(self) -> list[Member]:
+        names = set(self.moved())
+        return [m for m in self._survey.members if m.weight and m.found.name in names] if names else []
 
     @cached_property
     def _expected(self) -> tuple[list[torch.Tensor], list[int], list[tuple[Any, Any, torch.Tensor]]]:

@@ -60,7 +60,9 @@ class Components:
         return [component for component in self._all.values() if component.state is state]
 
     def put_to_sleep(self, todo: Sequence[Component]) -> int:
-        """Save engine state and give the memory back; bytes saved."""
+        """Save engine state and give the memory back; bytes saved. Weights that were moved come back first;
+        AttachError, with nothing changed, if one cannot: it would be lost, or keep its memory."""
+        _refuse_moved([name for c in todo if c.awake for name in c.binding.take_back()])
         saved_before = [component for component in todo if component.engine_state.saved]
         try:
             saved = sum(component.engine_state.save(component.image.tensor()) for component in todo)
@@ -113,7 +115,7 @@ class Components:
         BROKEN. `meanwhile` as in `DeviceBackend.update`.
 
         Returns the runs copied and the number of weights that got an adapter. Raises AttachError, with
-        nothing copied, if weights to be changed no longer lie in their image.
+        nothing copied, if weights to be changed were replaced.
         """
         todo = []
         merged = 0
@@ -123,8 +125,8 @@ class Components:
             if runs:
                 todo.append((component, runs))
         for component, _ in todo:
-            stale = [slot.offset for slot in component.stale_slots()]
-            _refuse_moved(component.binding.moved(stale))
+            if component.binding.moved(slot.offset for slot in component.stale_slots()):
+                _refuse_moved(component.binding.take_back())
         try:
             self._backend.update([(component.image, runs) for component, runs in todo], source, meanwhile)
             for component, _ in todo:
@@ -146,7 +148,8 @@ def _require_bound(components: Iterable[Component]) -> None:
 def _refuse_moved(moved: Sequence[str]) -> None:
     if moved:
         raise AttachError(
-            f"{len(moved)} weights were replaced after attach (module.to(), load_state_dict(assign=True), …) "
-            f"and no longer lie in their image: {', '.join(moved[:5])}; close the hook and attach again",
+            f"{len(moved)} weights were replaced or changed after attach (module.to(dtype), "
+            f"load_state_dict(assign=True), …) and no longer lie in their image: {', '.join(moved[:5])}; "
+            "close the hook and attach again",
             moved=moved,
         )

@@ -179,8 +179,11 @@ class EngineHook:
     def sleep(self, tags: Iterable[str] | None = None, *, drain_timeout: float | None = None) -> SleepReport:
         """Give the device memory of all components back, or of those named. Weights are not copied.
 
+        Weights that were only moved since (to another memory order) are put back where they belong.
+
         Raises:
             EngineBusy: generations were still running after the timeout; nothing changed.
+            AttachError: weights were replaced or changed, so that a sleep would lose them; nothing changed.
             DeviceError: the device; components whose memory did not go are BROKEN.
         """
         with self._operation() as began:

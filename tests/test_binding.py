@@ -203,6 +203,21 @@ def test_weights_that_somebody_replaced_are_found() -> None:
     module[0].weight.data = torch.zeros(4, 4)
     module[1].bias = nn.Parameter(torch.zeros(4))
     assert sorted(binding.moved()) == ["net.0.weight", "net.1.bias"]
+    assert sorted(binding.take_back()) == ["net.0.weight", "net.1.bias"]
+
+
+def test_weights_that_only_moved_are_taken_back() -> None:
+    module = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Linear(4, 4), nn.Linear(4, 4))
+    binding, _, _ = move_in(Paper({"net": module}), {"net": module})["net"]
+    expected = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    module[0].to(memory_format=torch.channels_last)
+    module[1].weight.data = module[1].weight.data.clone()
+    module[2].weight.data = module[2].weight.data + 1
+    assert binding.take_back() == ["net.2.weight"]
+    assert binding.moved() == ["net.2.weight"]
+    assert module[0].weight.is_contiguous()
+    for name in ("0.weight", "1.weight"):
+        assert torch.equal(module.get_parameter(name), expected[name])
 
 
 def test_leaving_with_the_weights_makes_private_copies() -> None:

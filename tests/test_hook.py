@@ -707,9 +707,49 @@ def test_weights_replaced_behind_the_hooks_back_are_not_left_stale(store: Store,
         publish(store, model, {"net": net(1)})
         with pytest.raises(AttachError, match=r"net\.first\.weight"):
             hook.refit()
-        hook.sleep()
         with pytest.raises(AttachError, match="close the hook and attach again"):
+            hook.sleep()
+        assert hook.state is State.AWAKE  # and not asleep with no way back
+        engine(X)
+
+
+def test_weights_replaced_while_asleep_fail_the_wake(store: Store, model: str) -> None:
+    engine = net()
+    with EngineHook.attach(store, model, {"net": engine}) as hook:
+        hook.sleep()
+        kept, engine.first.weight = engine.first.weight, nn.Parameter(torch.zeros(32, 32))
+        with pytest.raises(AttachError, match=r"net\.first\.weight"):
             hook.wake()
+        assert hook.state is State.ASLEEP
+        engine.first.weight = kept
+        hook.wake()
+        assert torch.equal(engine(X), net()(X))
+
+
+def test_weights_that_only_changed_their_memory_order_come_back(store: Store, model: str) -> None:
+    """As engines do that turn a decoder to channels_last at its first use."""
+    torch.manual_seed(0)
+    engine = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(16, 8, 3))
+    expected, x = copy.deepcopy(engine), torch.randn(1, 8, 9, 9)
+    with EngineHook.attach(store, model, {"vae": engine}) as hook:
+        addresses = [parameter.data_ptr() for parameter in engine.parameters()]
+        for _ in range(2):
+            engine.to(memory_format=torch.channels_last)
+            assert set(hook.verify().moved) == {"vae.0.weight", "vae.1.weight"}
+            hook.sleep()
+            hook.wake()
+            assert [parameter.data_ptr() for parameter in engine.parameters()] == addresses
+            assert torch.equal(engine(x), expected(x))
+        engine.to(memory_format=torch.channels_last)
+        with store.refit(model, partial=True) as refit:
+            refit.put("vae.0.weight", expected[0].weight * 2)
+        hook.refit()
+        assert torch.equal(engine[0].weight, expected[0].weight * 2) and hook.verify().ok
+        engine.to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            engine[1].weight.mul_(2)
+        with pytest.raises(AttachError, match=r"changed after attach.*vae\.1\.weight"):
+            hook.sleep()
 
 
 # -- attaching and closing -----------------------------------------------------------------------------

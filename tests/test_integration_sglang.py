@@ -554,6 +554,49 @@ def test_updates_past_the_store_are_refused(made: plugin.Plugin, worker: Any) ->
     assert made.update_from_tensor(lambda worker, req: (True, "stock"), worker, request) == (True, "stock")
 
 
+class Decoder(nn.Module):
+    """Turns its weights to channels_last and back as requests want it, as SGLang's decoders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 3, 1)
+        self.wanted = True
+        self._sgl_channels_last = False
+        self.turned = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.wanted != self._sgl_channels_last:
+            self.to(memory_format=torch.channels_last if self.wanted else torch.contiguous_format)
+            self._sgl_channels_last = self.wanted
+            self.turned += 1
+        return self.last(self.first(x))
+
+
+@pytest.mark.parametrize("stored", ["by this engine", "contiguous"])
+def test_a_decoder_that_changes_its_memory_order_sleeps_and_wakes(
+    made: plugin.Plugin, store: Store, stored: str
+) -> None:
+    torch.manual_seed(0)
+    reference, decoder = Decoder(), Decoder()
+    decoder.load_state_dict(reference.state_dict())
+    x = torch.randn(1, 3, 8, 8)
+    expected = reference(x)
+    if stored == "contiguous":
+        with store.refit("m") as refit:
+            refit.put_module(decoder, prefix="vae.")
+    worker = worker_of({"vae": decoder})
+    made.init_device_and_model(lambda worker: None, worker)
+    for wanted in (True, True, False, True):
+        decoder.wanted = wanted
+        assert torch.allclose(decoder(x), expected, atol=1e-6)
+        assert made.release(stock, worker)["success"]
+        assert made.resume(stock, worker)["success"]
+        assert torch.equal(decoder.first.weight, reference.first.weight)
+    assert decoder.turned == (3 if stored == "contiguous" else 1)
+    held = made.engine_of(worker)
+    assert held is not None and held.hook.verify().ok
+
+
 def test_what_reads_weights_is_refused_while_they_are_away(made: plugin.Plugin, worker: Any) -> None:
     made.release(stock, worker)
     assert "sleeping" in made.checksum(stock, worker)["error"]

@@ -1,8 +1,9 @@
 """What SGLang keeps that was computed from weights, renewed after the weights changed.
 
-Three kinds: conditioning kept across requests (text encoders' outputs), values that a model or a step cache
-derives, and norms' fp32 copies of their parameters. The last are found by address and version of the
-parameter; a captured graph has their own address in it, so they are renewed in place.
+Four kinds: conditioning kept across requests (text encoders' outputs), values that a model or a step cache
+derives, products of a decoder's attention weights, and norms' fp32 copies of their parameters. The last are
+found by address and version of the parameter; a captured graph has their own address in it, so they are
+renewed in place.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from weightstore.types import component_of
 _FP32_NORMS: Final = {"_weight_fp32_cache": "weight", "_bias_fp32_cache": "bias"}
 """Attributes of SGLang's FP32LayerNorm, each a key and a tensor, and the parameter it is a copy of."""
 
+_FOLDED: Final = "_sgl_folded_v"
+"""Attribute of a decoder's attention: its value and output projections as one matrix."""
+
 _log = logging.getLogger("engine_hooks")
 
 
@@ -31,6 +35,9 @@ def renew(modules: Mapping[str, nn.Module], changed: Iterable[str]) -> None:
     for name in components:
         module = modules[name]
         renew_fp32_norms(module)
+        for part in module.modules():
+            if vars(part).get(_FOLDED) is not None:
+                setattr(part, _FOLDED, None)  # made anew at the next use
         for method, arguments in (
             ("refresh_weight_derived_caches", {"weights_path": None}),
             ("reset_teacache_state", {}),

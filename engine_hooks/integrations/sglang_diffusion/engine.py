@@ -19,7 +19,7 @@ from torch import nn
 
 from engine_hooks.hook import EngineHook
 from engine_hooks.integrations.controls import Answer, Controls
-from engine_hooks.integrations.sglang_diffusion import derived
+from engine_hooks.integrations.sglang_diffusion import derived, order
 from engine_hooks.lifecycle import State
 
 STORE: Final = "weightstore:"
@@ -46,7 +46,13 @@ class Engine:
         self._rest = dict(rest)
         self._others = _controller(worker, self._rest) if self._rest else None
         self._floor: int | None = None
-        hook.after_refit(lambda changed: derived.renew(hook.modules, changed))
+        order.tell(hook.modules.values())
+        hook.after_refit(self._renew)
+
+    def _renew(self, changed: Collection[str]) -> None:
+        """After a wake or a refit, before generations go on."""
+        order.tell(self.hook.modules.values())
+        derived.renew(self.hook.modules, changed)
 
     @property
     def sleeping(self) -> bool:

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from engine_hooks.hook import EngineHook
+from engine_hooks.integrations.sglang_diffusion import order
 from engine_hooks.integrations.sglang_diffusion.engine import STORE, Engine
 from engine_hooks.integrations.sglang_diffusion.loading import Loading
 from engine_hooks.integrations.sglang_diffusion.names import name_map
@@ -103,6 +104,7 @@ class Plugin:
             _log.warning("weightstore: %s: nothing of this engine is the store's", what)
             return
         store = self._store()
+        order.turn(held.values())
         hook = EngineHook.attach(store, self._settings.model, held, device=device, tag=self._settings.tag)
         rest = {name: module for name, module in modules.items() if name not in held}
         # Another name of a module that the hook holds is not SGLang's to move.
