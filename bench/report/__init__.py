@@ -60,7 +60,7 @@ def report_command(results: Path, docs: Path, readme: Path, check: bool) -> None
 
 
 def _draw(group: Group, pictures: Path) -> None:
-    if group.measured:
+    if group.measured and group.on_gpu:
         charts.phases(group, pictures / pages.phases_picture(group))
         charts.memory(group, pictures / pages.memory_picture(group))
     if group.sharing:

@@ -128,7 +128,7 @@ _STEP: Final = "trainer's step"
 def _memory_of(axes: Any, entry: Entry, top: float) -> None:
     cycle = entry.way["cycles"][-1]
     curve = cycle["curve"]
-    base = entry.found["baseline"]["host"]
+    base = entry.way["baseline"]["host"]
     for name, began, ended in cycle["spans"]:
         if name != "step":
             axes.axvspan(began, ended, color=COLOURS[name], alpha=_SHADE, linewidth=0)
@@ -143,7 +143,7 @@ def _memory_of(axes: Any, entry: Entry, top: float) -> None:
 
 def _highest(entry: Entry) -> float:
     curve = entry.way["cycles"][-1]["curve"]
-    base = entry.found["baseline"]["host"]
+    base = entry.way["baseline"]["host"]
     host = [max(value - base, 0) for value in curve["host"]]
     device = [value for value in curve["device"] if value is not None]
     return max([*host, *device, GIB // 1024]) / GIB

@@ -97,16 +97,16 @@ def _group(group: Group) -> Iterator[str]:
         f"{model['trained']} has {_gb(model['trained_bytes'])} in {model['trained_tensors']} tensors; "
         f"images of {model['side']} × {model['side']} in {model['steps']} steps.\n"
     )
-    if summary.OURS in _measured(group):
+    if group.on_gpu and summary.OURS in _measured(group):
         yield _headline(group) + "\n"
     yield from (_lines(_ways_table(group)), _lines(_explained(group)))
-    if group.measured:
+    if group.measured and group.on_gpu:
         yield f"![Seconds by phase, from image to image](pictures/{phases_picture(group)})\n"
         yield f"![Memory over a steady cycle of each way](pictures/{memory_picture(group)})\n"
         yield (
             "Memory is the machine's: the device's by NVML, the host's without page cache, less what was in "
-            "use before the first way. *Processes* is what those that take part have by PSS (which does not "
-            "see what a driver pins for them), *arena* its pages, counted once:\n"
+            "use before each way (without the arena). *Processes* is what those that take part have by PSS "
+            "(which does not see what a driver pins for them), *arena* its pages, counted once:\n"
         )
         yield _lines(_memory_table(group))
     checks = group.checks
@@ -208,7 +208,7 @@ def _memory_table(group: Group) -> list[str]:
         last = entry.way["cycles"][-1].get("memory")
         if last is None:
             continue
-        base = entry.found["baseline"]["host"]
+        base = entry.way["baseline"]["host"]
         row = [entry.title]
         for state in ("awake", "asleep"):
             point = last[state]

@@ -40,7 +40,7 @@ class Entry:
     def times_ours(self) -> float | None:
         """Steady overhead over weightstore's of the same run; None without both, or in another engine."""
         ours = self.found["ways"].get(summary.OURS)
-        if self.key not in WAYS or self.key == summary.OURS:
+        if self.key not in WAYS or self.key == summary.OURS or self.found["settings"]["device"] == "cpu":
             return None
         if ours is None or not summary.has_numbers(ours):
             return None

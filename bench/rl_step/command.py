@@ -155,6 +155,8 @@ class Run:
         if not issubclass(kind, (WAYS["1"], WAYS["2"])):
             self.close_store()
         way = kind(self)
+        before = point([], self._arena)
+        found.way(key, baseline={"host": before["used"] - before["arena"]})
         try:
             with way:
                 self._cycles(way)
@@ -417,7 +419,6 @@ def rl_step_command(
             out = RESULTS / f"rl-step-{model}-{slug(limit['device']['device'])}.json"
         found.to(out)
         found.note("limit", limit)
-        found.note("baseline", {"device": sampler.device_used(), "host": point([], None)["used"]})
         for way in chosen:
             click.echo(f"{way.key}: {way.title}", err=True)
             run.measure(way)

@@ -111,11 +111,13 @@ class Trainer:
         prefix = f"{models.TRAINED}."
         if self.model.name in store.models():
             return self.refit()
+        frozen = {}  # kept until the commit: their copies may be under way until then
         with store.refit(self.model.name, tag=self.tag) as refit:
             for name in models.frozen(self.model):
-                module = models.build(self.model, name, self.directory, self.device, self.seed)
-                refit.put_module(module, prefix=f"{name}.")
+                frozen[name] = models.build(self.model, name, self.directory, self.device, self.seed)
+                refit.put_module(frozen[name], prefix=f"{name}.")
             refit.put_module(self.transformer, prefix=prefix)
+        frozen.clear()
         give_back(self.device)
         return {"version": refit.report.version, "bytes": refit.report.nbytes}
 
