@@ -198,6 +198,10 @@ class Trainer:
             found["free"], found["total"] = torch.cuda.mem_get_info()
         return found
 
+    def close(self) -> None:
+        if self._sender is not None:
+            self._sender.close()
+
     def _connected(self) -> Any:
         import weightstore
 
@@ -246,7 +250,8 @@ def main() -> None:
             answers.say(**getattr(trainer, command.pop("do"))(**command))
         except Exception as error:  # whatever it is, it is this way's result
             answers.say(failed=f"{type(error).__name__}: {error}"[:2000])
-    os._exit(0)
+    trainer.close()
+    os._exit(0)  # no library's clean-up is worth waiting for
 
 
 if __name__ == "__main__":
