@@ -120,8 +120,14 @@ class Following:
         """One round trip, so that an offer which the store has already made is known here."""
         try:
             self._store.wait_for(self.model, self.tag, after=self._lease.version, timeout=0)
-        except (StoreTimeout, StoreGone) as error:
-            _log.debug("nothing newer heard: %s", error)
+        except StoreTimeout:
+            pass  # there is none
+        except StoreGone as error:
+            _log.warning(
+                "staying on version %d, since nobody can say whether there is another: %s",
+                self.held.version,
+                error,
+            )
 
     def require_usable(self) -> None:
         """Raise TagTorn or LeaseLost if there is nothing to read, now or after a wake."""

@@ -264,7 +264,8 @@ class EngineHook:
     def refit(self, *, drain_timeout: float | None = None) -> RefitReport:
         """Take the tag's newest version: copy what changed into awake components.
 
-        Those asleep get it at wake; if all are, nothing is copied.
+        Those asleep get it at wake; if all are, nothing is copied. While the store is away that is the newest
+        it has told of, and a warning says so.
 
         Raises:
             EngineBusy: as `sleep`; nothing changed.

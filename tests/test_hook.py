@@ -6,12 +6,14 @@ import copy
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import tiny_models
 import torch
 from hooked import Faulty, addresses, fresh_model, publish, scaled
+from service_process import ServiceProcess
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -952,3 +954,15 @@ def test_modules_are_left_as_flexible_as_they_were(store: Store, model: str) -> 
         assert twin.first.weight.data_ptr() != engine.first.weight.data_ptr()
         engine(X).sum().backward()
         assert engine.first.weight.grad is not None
+
+
+def test_a_refit_without_the_store_says_that_it_does_not_know(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ServiceProcess(tmp_path) as service, service.connect() as store:
+        with EngineHook.attach(store, "m", {"net": net()}) as hook:
+            assert hook.refit().version == 1 and not caplog.records
+            service.kill()
+            with caplog.at_level("WARNING", "engine_hooks"):
+                assert hook.refit().version == 1
+            assert "staying on version 1" in caplog.text
