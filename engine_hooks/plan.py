@@ -82,8 +82,8 @@ def changed_slots(layout: Layout, old: Records, new: Records) -> list[Slot]:
 
 
 def runs_for(slots: Sequence[Slot], records: Records) -> list[Run]:
-    """The runs that fill just these slots, given by rising offset. Coalesced as by `coalesce`, but in one
-    pass and without a run per slot: this is on the path of every wake."""
+    """The runs that fill just these slots, given by rising offset. Neighbours that are equally far apart on
+    both sides are joined, across padding only; in one pass, since this is on the path of every wake."""
     runs: list[Run] = []
     source = target = end = -ALIGN
     for slot in slots:
@@ -100,63 +100,10 @@ def runs_for(slots: Sequence[Slot], records: Records) -> list[Run]:
 
 
 def slot_runs(slots: Sequence[Slot], records: Records) -> list[tuple[Slot, Run]]:
-    """One run for each slot that has bytes, not coalesced."""
+    """One run for each slot that has bytes, not joined."""
     return [
         (slot, Run(records[slot.names[0]].offset, slot.offset, slot.nbytes)) for slot in slots if slot.nbytes
     ]
-
-
-def coalesce(runs: Iterable[Run]) -> list[Run]:
-    """Join neighbours (by target) that are equally far apart on both sides, across padding only."""
-    joined: list[Run] = []
-    source = target = end = 0
-    for run in sorted(runs, key=_target_of):
-        gap = run.target - end
-        if joined and 0 <= gap < ALIGN and run.source - source == run.target - target:
-            joined[-1] = Run(source, target, run.target + run.nbytes - target)
-        else:
-            source, target, _ = run
-            joined.append(run)
-        end = run.target + run.nbytes
-    return joined
-
-
-def _target_of(run: Run) -> int:
-    return run.target
-
-
-def split_at_windows(runs: Iterable[Run], window: int, origin: int = 0) -> list[Run]:
-    """Split runs so that none crosses an arena offset of `origin` + k · `window`.
-
-    Memory is pinned window by window, and one copy must not span two registrations.
-    """
-    pieces = []
-    for source, target, nbytes in runs:
-        while nbytes:
-            piece = min(nbytes, window - (source - origin) % window)
-            pieces.append(Run(source, target, piece))
-            source, target, nbytes = source + piece, target + piece, nbytes - piece
-    return pieces
-
-
-def cut(runs: Sequence[Run], parts: int) -> list[list[Run]]:
-    """Cut a plan into `parts` plans of about equal bytes, in order, covering it exactly.
-
-    Cuts fall on multiples of ALIGN from the start of a run, so a part is off by less than ALIGN.
-    """
-    total = sum(run.nbytes for run in runs)
-    plans: list[list[Run]] = [[] for _ in range(parts)]
-    part = done = 0
-    for source, target, nbytes in runs:
-        while nbytes:
-            room = total * (part + 1) // parts - done
-            if room <= 0 and part < parts - 1:
-                part += 1
-                continue
-            take = nbytes if part == parts - 1 else min(nbytes, align_up(room))
-            plans[part].append(Run(source, target, take))
-            source, target, nbytes, done = source + take, target + take, nbytes - take, done + take
-    return plans
 
 
 def total_bytes(runs: Iterable[Run]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -12,17 +13,15 @@ from hypothesis import strategies as st
 from engine_hooks.backend import Run
 from engine_hooks.plan import (
     Layout,
+    Slot,
     by_component,
     changed_slots,
-    coalesce,
-    cut,
     lay_out,
     matcher,
     misfits,
     runs_for,
     runs_of,
     slot_runs,
-    split_at_windows,
     total_bytes,
 )
 from weightstore.types import ALIGN, TensorRecord, align_up
@@ -205,59 +204,38 @@ class TestVersions:
 
 
 class TestRuns:
-    @given(placed(), st.integers(1, 3000), st.integers(0, 999))
-    def test_splitting_at_windows(self, records: dict[str, TensorRecord], window: int, origin: int) -> None:
-        runs = runs_of(lay_out(records.values()), records)
-        pieces = split_at_windows(runs, window, origin)
-        for source, _, nbytes in pieces:
-            assert nbytes > 0
-            assert (source - origin) // window == (source + nbytes - 1 - origin) // window
-        assert coalesce(pieces) == runs
-
-    @given(placed(), st.integers(1, 9))
-    def test_cutting_into_ranges(self, records: dict[str, TensorRecord], parts: int) -> None:
-        runs = runs_of(lay_out(records.values()), records)
-        plans = cut(runs, parts)
-        assert len(plans) == parts
-        assert coalesce([run for plan in plans for run in plan]) == runs
-        share = total_bytes(runs) / parts
-        for plan in plans:
-            assert all(run.target % ALIGN == 0 and run.nbytes for run in plan)
-            assert abs(total_bytes(plan) - share) <= 2 * ALIGN
-
     @given(placed(), st.sets(st.integers(0, 12)))
-    def test_the_quick_way_to_coalesced_runs_is_the_plain_way(
+    def test_joining_loses_no_byte_and_reads_only_padding_besides(
         self, records: dict[str, TensorRecord], picked: set[int]
     ) -> None:
         slots = [slot for index, slot in enumerate(lay_out(records.values()).slots) if index not in picked]
-        elsewhere = moved(records, picked, ARENA // 2)
-        for version in (records, elsewhere):
-            assert runs_for(slots, version) == coalesce(run for _, run in slot_runs(slots, version))
-
-    @given(placed())
-    def test_coalescing_loses_no_byte_and_reads_only_padding_besides(
-        self, records: dict[str, TensorRecord]
-    ) -> None:
-        single = [run for _, run in slot_runs(lay_out(records.values()).slots, records)]
-        joined = coalesce(random.Random(0).sample(single, len(single)))
-        arena = noise(4)
-        for run in single:
-            assert any(
-                j.target <= run.target
-                and run.target + run.nbytes <= j.target + j.nbytes
-                and run.source - j.source == run.target - j.target
-                for j in joined
+        for version in (records, moved(records, picked, ARENA // 2)):
+            single = [run for _, run in slot_runs(slots, version)]
+            joined = runs_for(slots, version)
+            for run in single:
+                assert any(
+                    j.target <= run.target
+                    and run.target + run.nbytes <= j.target + j.nbytes
+                    and run.source - j.source == run.target - j.target
+                    for j in joined
+                )
+            for one, other in pairwise(joined):
+                assert other.target - one.target - one.nbytes >= ALIGN or (
+                    other.source - one.source != other.target - one.target
+                )
+            extra = total_bytes(joined) - total_bytes(single)
+            assert extra == sum(-run.nbytes % ALIGN for run in single) - sum(
+                -j.nbytes % ALIGN for j in joined
             )
-        extra = total_bytes(joined) - total_bytes(single)
-        assert extra == sum(-run.nbytes % ALIGN for run in single) - sum(-j.nbytes % ALIGN for j in joined)
-        carry_out(joined, arena, bytearray(ARENA))
 
     def test_a_gap_of_a_whole_unit_is_never_bridged(self) -> None:
         # Between these two lies somebody else's tensor: copying across would read it into nobody's slot.
-        assert len(coalesce([Run(0, 0, 256), Run(512, 512, 256)])) == 2
+        slots = [Slot(0, 256, ("c.a",)), Slot(512, 256, ("c.b",))]
+        assert len(runs_for(slots, {"c.a": record("c.a", 0, 256), "c.b": record("c.b", 512, 256)})) == 2
 
     def test_neighbours_in_the_image_but_not_in_the_arena_stay_apart(self) -> None:
-        assert len(coalesce([Run(0, 0, 256), Run(512, 256, 256)])) == 2
+        slots = [Slot(0, 256, ("c.a",)), Slot(256, 256, ("c.b",))]
+        assert len(runs_for(slots, {"c.a": record("c.a", 0, 256), "c.b": record("c.b", 512, 256)})) == 2
 
 
 class TestNames:
