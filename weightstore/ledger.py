@@ -50,7 +50,7 @@ class Ledger:
     def __init__(
         self,
         what: str,
-        base: Mapping[str, TensorRecord],
+        base: dict[str, TensorRecord],
         has_base: bool,
         components: Sequence[str] | None,
         extend: bool,
@@ -70,15 +70,14 @@ class Ledger:
     @property
     def known(self) -> Mapping[str, TensorRecord]:
         """What names have to look like, now and later: the base's records, then places of new ones."""
-        return ChainMap(dict(self._base), self.places)
+        return ChainMap(self._base, self.places)
 
     @property
     def untied(self) -> bool:
         """Whether no two names are known to share their bytes."""
         known = self._base or self.places
-        return len({r.offset for r in known.values() if r.nbytes}) == sum(
-            1 for r in known.values() if r.nbytes
-        )
+        offsets = [record.offset for record in known.values() if record.nbytes]
+        return len(set(offsets)) == len(offsets)
 
     def expected(self, name: str) -> TensorRecord | None:
         """The dtype, shape and stride `name` has to have; None for a new name."""
