@@ -85,7 +85,6 @@ def add(image: torch.Tensor, layout: Layout, todo: Sequence[Adapted], source: Ar
 
 def differing(
     image: torch.Tensor,
-    layout: Layout,
     todo: Sequence[Adapted],
     records: Mapping[str, TensorRecord],
     source: ArenaMapping,

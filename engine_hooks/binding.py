@@ -34,10 +34,6 @@ class Binding:
         self._weights: list[tuple[Found, int]] = []
         self._by_slot: dict[int, list[tuple[Found, int]]] = {}
 
-    @property
-    def restrided(self) -> list[str]:
-        return self._survey.restrided
-
     def copy_state_in(self) -> None:
         """Copy the engine state's bytes from where they are to their place in the image."""
         for member in self._survey.members:

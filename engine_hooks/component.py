@@ -115,7 +115,7 @@ class Component:
         plain = adapters.unadapted(self.layout.slots, added)
         sums = adapters.adapted(self.layout.slots, added)
         wrong = self._unlike_the_arena(backend, plain, records, source)
-        wrong += adapters.differing(self.image.tensor(), self.layout, sums, records, source)
+        wrong += adapters.differing(self.image.tensor(), sums, records, source)
         return [name for slot in wrong for name in slot.names], len(sums)
 
     def _unlike_the_arena(

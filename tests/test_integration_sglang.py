@@ -646,7 +646,7 @@ def test_the_rest_sleeps_with_the_hook_or_neither_does(
     dropped: list[str] = []
     worker._drop_breakable_cuda_graphs = dropped.append
     with EngineHook.attach(store, "m", {"vae": held}) as hook:
-        both = engine.Engine(worker, hook, {"transformer": rest}, {})
+        both = engine.Engine(worker, hook, {"transformer": rest})
         both.release()
         assert both.sleeping and both._others.is_sleeping()
         both.resume()

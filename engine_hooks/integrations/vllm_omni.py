@@ -216,7 +216,7 @@ class WeightstoreWorkerExtension:
         if bound is not None and bound.pipeline is not pipeline:
             _log.info("the engine has another pipeline than was attached: letting go of that one")
             self._weightstore_bound = None
-            bound.close(keep=False)
+            bound.close()
             bound = None
         if bound is None:
             bound = self._weightstore_bound = _bind(runner, pipeline, worker.od_config, worker.device)
@@ -237,7 +237,7 @@ class WeightstoreWorkerExtension:
             bound, self._weightstore_bound = self._weightstore_bound, None
             try:
                 if bound is not None:
-                    bound.close(keep=False)
+                    bound.close()
             except WeightstoreError:
                 _log.exception("letting go of the store at shutdown")
             finally:
@@ -267,9 +267,9 @@ class _Bound:
             "residual_gib": round(hook.backend.memory_in_use() / GIB, 3),
         }
 
-    def close(self, keep: bool) -> None:
+    def close(self) -> None:
         try:
-            self.hook.close(keep=keep)
+            self.hook.close()
         finally:
             self.store.close()
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+from importlib import import_module
 
 from engine_hooks.integrations.sglang_diffusion.settings import settings
 from engine_hooks.integrations.sglang_diffusion.targets import HOOKS
@@ -34,9 +34,7 @@ def activate() -> None:
         return
     from engine_hooks.integrations.sglang_diffusion.plugin import Plugin
 
-    platforms: Any = __import__(
-        "sglang.multimodal_gen.runtime.platforms.plugins", fromlist=["HookRegistry", "HookType"]
-    )
+    platforms = import_module("sglang.multimodal_gen.runtime.platforms.plugins")
     plugin = Plugin(wanted)
     for target, method in HOOKS.items():
         platforms.HookRegistry.register(target, getattr(plugin, method), platforms.HookType.AROUND)

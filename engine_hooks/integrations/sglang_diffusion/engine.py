@@ -30,18 +30,11 @@ _SLACK: Final = 64 << 20
 
 
 class Engine:
-    """A worker that a hook is attached to.
+    """A worker that a hook is attached to; `rest` are the modules that are SGLang's own."""
 
-    Attributes:
-        left: the modules that are SGLang's own, and why.
-    """
-
-    def __init__(
-        self, worker: Any, hook: EngineHook, rest: Mapping[str, nn.Module], left: Mapping[str, str]
-    ) -> None:
+    def __init__(self, worker: Any, hook: EngineHook, rest: Mapping[str, nn.Module]) -> None:
         self.hook = hook
         self.controls = Controls(hook)
-        self.left = dict(left)
         self._worker = worker
         self._rest = dict(rest)
         self._others = _controller(worker, self._rest) if self._rest else None

@@ -109,7 +109,7 @@ class Plugin:
         rest = {name: module for name, module in modules.items() if name not in held}
         # Another name of a module that the hook holds is not SGLang's to move.
         rest = {name: module for name, module in rest.items() if module not in held.values()}
-        self._engines[worker] = Engine(worker, hook, rest, left)
+        self._engines[worker] = Engine(worker, hook, rest)
         built = [name for name, loaded in loading.loaded.items() if loaded.placeholders]
         report = hook.attached
         _log.info(
