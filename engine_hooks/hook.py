@@ -17,10 +17,9 @@ valid, since addresses never change.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -30,6 +29,7 @@ from torch import nn
 
 from engine_hooks.attach import Attached, attach
 from engine_hooks.backend import DeviceBackend, Run
+from engine_hooks.callbacks import Callback, Callbacks
 from engine_hooks.component import Component
 from engine_hooks.components import Components
 from engine_hooks.drain import Drain
@@ -41,10 +41,6 @@ from weightstore.types import DEFAULT_TAG
 
 if TYPE_CHECKING:
     from weightstore.client import Store
-
-_log = logging.getLogger("engine_hooks")
-
-Callback = Callable[[tuple[str, ...]], object]
 
 
 class EngineHook:
@@ -64,9 +60,7 @@ class EngineHook:
         self._components = Components(parts.backend, parts.components)
         self._lock = threading.RLock()
         self._drain = Drain()
-        self._callbacks: list[Callback] = []
-        self._untold: dict[str, None] = {}
-        self._telling = False
+        self._callbacks = Callbacks()
         self._closed = False
 
     @classmethod
@@ -148,7 +142,7 @@ class EngineHook:
         If callbacks raise, the others are still called, then the first error is raised; the weights are in
         place. Returns `callback`, so it may be used as a decorator.
         """
-        self._callbacks.append(callback)
+        self._callbacks.add(callback)
         return callback
 
     @contextmanager
@@ -243,12 +237,12 @@ class EngineHook:
                     self._components.missed_all()
                 self._following.settle(held)
                 mapped = self.backend.memory_in_use() - before
-                self._changed(todo)
+                self._callbacks.changed(_caught_up(todo))
                 report = WakeReport(
                     woken=_names(todo),
                     already=already,
                     version=held.version,
-                    changed=tuple(self._untold),
+                    changed=self._callbacks.untold,
                     copied_bytes=total_bytes(runs),
                     merged=merged,
                     restored_bytes=restored,
@@ -256,7 +250,7 @@ class EngineHook:
                     runs=len(runs),
                     seconds=time.perf_counter() - began,
                 )
-                self._tell()
+                self._callbacks.tell()
             return report
 
     # -- refit -------------------------------------------------------------------------------------
@@ -299,22 +293,23 @@ class EngineHook:
                         copied, sums = self._follow()
                         runs += copied
                         merged += sums
-                        self._changed(awake)
+                        self._callbacks.changed(_caught_up(awake))
                 except BaseException:
-                    self._tell_untold()
+                    if self.state is State.AWAKE:  # generations go on with the steps that succeeded
+                        self._callbacks.tell_on_the_way_out()
                     raise
                 report = RefitReport(
                     version=self.version,
                     previous=previous.version,
                     asleep=False,
-                    changed=tuple(self._untold),
+                    changed=self._callbacks.untold,
                     copied_bytes=total_bytes(runs),
                     merged=merged,
                     runs=len(runs),
                     drain_seconds=waited,
                     seconds=time.perf_counter() - began,
                 )
-                self._tell()
+                self._callbacks.tell()
             return report
 
     def _follow(self) -> tuple[list[Run], int]:
@@ -376,7 +371,7 @@ class EngineHook:
         with self._lock:
             if self._closed:
                 return
-            self._refuse_in_callback()
+            self._callbacks.refuse_within()
             components = self._components.choose(None)
             for component in components:
                 if keep and not component.awake:
@@ -408,7 +403,7 @@ class EngineHook:
         """One method at a time; yields when it began."""
         began = time.perf_counter()
         with self._lock:
-            self._refuse_in_callback()
+            self._callbacks.refuse_within()
             self._check_open()
             yield began
 
@@ -417,45 +412,15 @@ class EngineHook:
         with self._drain.drained(self.drain_timeout if timeout is None else timeout) as waited:
             yield waited
 
-    def _refuse_in_callback(self) -> None:
-        if self._telling:
-            raise UsageError(
-                "an after_refit callback cannot sleep, wake, refit, verify or close: it is part of one"
-            )
-
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError("this hook was closed; attach again")
 
-    def _changed(self, components: Iterable[Component]) -> None:
-        """These hold the newest version; callbacks are yet to be told what that changed."""
-        self._untold.update((name, None) for component in components for name in component.caught_up())
-
-    def _tell(self) -> None:
-        """Call the callbacks; all of them, then raise the first one's error."""
-        first: Exception | None = None
-        changed, self._untold = tuple(self._untold), {}
-        self._telling = True
-        try:
-            for callback in self._callbacks:
-                try:
-                    callback(changed)
-                except Exception as error:
-                    _log.exception("an after_refit callback failed")
-                    first = first or error
-        finally:
-            self._telling = False
-        if first is not None:
-            raise first
-
-    def _tell_untold(self) -> None:
-        """As `_tell`, on the way out with another error: generations go on with the steps that succeeded."""
-        if self._untold and self.state is State.AWAKE:
-            try:
-                self._tell()
-            except Exception as error:
-                _log.debug("logged above: %s", error)
-
 
 def _names(components: Iterable[Component]) -> tuple[str, ...]:
     return tuple(component.name for component in components)
+
+
+def _caught_up(components: Iterable[Component]) -> list[str]:
+    """They hold the newest version; the names of what that changed."""
+    return [name for component in components for name in component.caught_up()]
