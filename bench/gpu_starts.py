@@ -1,7 +1,7 @@
 """`python -m bench.gpu_starts --out FILE`: how a wake and a relaunch begin, below the store's level.
 
-Two questions that bench/NOTES.md leaves open. Why does the first mapping of a wake take 16 ms, however small it
-is, and what makes that shorter? Do several threads register memory faster than one?
+Two questions that bench/NOTES.md leaves open. Why does the first mapping of a wake take 16 ms, however small
+it is, and what makes that shorter? Do several threads register memory faster than one?
 """
 
 from __future__ import annotations
