@@ -15,8 +15,9 @@ from torch import nn
 
 import weightstore
 from engine_hooks import EngineHook, State
+from engine_hooks.integrations.answers import Answer, generation_refused, status_of
 from engine_hooks.integrations.checksums import module_checksum, tensor_checksum, tensor_checksums
-from engine_hooks.integrations.controls import Answer, Controls, generation_refused, status_of
+from engine_hooks.integrations.controls import Controls
 from engine_hooks.integrations.metrics import registry_of
 from weightstore.client import Store
 from weightstore.errors import (

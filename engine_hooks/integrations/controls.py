@@ -1,6 +1,6 @@
 """What a server's control endpoints mean: verbs become calls of an `EngineHook`, results become answers.
 
-An answer is a status and a JSON body; there is no HTTP here. The shapes are those of SGLang Diffusion, with
+There is no HTTP here (see `answers` for what an answer is). The shapes are those of SGLang Diffusion, with
 `tags` as in SGLang's language model server, and of vLLM's sleep mode, so that their clients need no change:
 
     release, resume           {"success", "sleeping", "message"}
@@ -8,9 +8,7 @@ An answer is a status and a JSON body; there is no HTTP here. The shapes are tho
     checksum                  {module: digest | "not_found"}
     sleep, wake_up            no body
 
-with further facts beside. 200: it is as was asked for, also if it was before. 400: refused, and nothing
-changed; the message says what to change. 503: the store does not answer; ask again later. 500: it failed, and
-the log has a traceback.
+with further facts beside.
 
 Verbs block for as long as the hook does (a sleep waits for generations): call them on any thread but an event
 loop's.
@@ -24,14 +22,22 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from engine_hooks.components import ALL
 from engine_hooks.hook import EngineHook
+from engine_hooks.integrations.answers import (
+    Answer,
+    Shape,
+    plain_error,
+    status_of,
+    unsuccessful,
+    vllm_error,
+)
 from engine_hooks.integrations.checksums import module_checksum, tensor_checksums
 from engine_hooks.lifecycle import State
 from engine_hooks.reports import RefitReport, SleepReport, WakeReport
-from weightstore.errors import EngineAsleep, StoreGone, StoreTimeout, UsageError, WeightstoreError
+from weightstore.errors import UsageError, WeightstoreError
 from weightstore.sizes import format_size
 
 ELSEWHERE: Final = frozenset({"kv_cache", "cuda_graph", "scheduling"})
@@ -44,17 +50,6 @@ _SHOWN: Final = 5
 """Names that a message lists."""
 
 _log = logging.getLogger("engine_hooks")
-
-
-class Answer(NamedTuple):
-    """What an endpoint answers. No body: the status says it all."""
-
-    status: int
-    body: dict[str, Any] | None
-
-    @property
-    def ok(self) -> bool:
-        return self.status == 200
 
 
 class Controls:
@@ -135,7 +130,7 @@ class Controls:
             self._count("checksum", "done")
             return {name: found.get(name, "not_found") for name in names}
 
-        return self._attempt("checksum", work, lambda message: {"error": message})
+        return self._attempt("checksum", work, plain_error)
 
     def check(self, target_module: str | None, expected: Mapping[str, str] | None) -> Answer:
         """Compare checksums of a component's tensors, by their names in its module, with expected ones."""
@@ -160,7 +155,7 @@ class Controls:
             message = f"{_count(len(found), 'tensor')} of {target_module} as expected"
             return {"success": True, "message": message}
 
-        return self._attempt("check", work, lambda message: {"success": False, "message": message})
+        return self._attempt("check", work, unsuccessful)
 
     def weight_version(self) -> Answer:
         """The version on the device; while all sleep, the one that a wake would bring."""
@@ -186,7 +181,7 @@ class Controls:
                 raise UsageError(f"no sleep level {level}; there are {' and '.join(map(str, LEVELS))}")
             self._sleep(None)
 
-        return self._attempt("sleep", work, _vllm_refused)
+        return self._attempt("sleep", work, vllm_error)
 
     def wake_up(self, tags: Sequence[str] | None = None) -> Answer:
         """Wake, as `resume`."""
@@ -194,7 +189,7 @@ class Controls:
         def work() -> None:
             self._wake(tags)
 
-        return self._attempt("wake", work, _vllm_refused)
+        return self._attempt("wake", work, vllm_error)
 
     def is_sleeping(self) -> Answer:
         return Answer(200, {"is_sleeping": self.sleeping})
@@ -218,7 +213,7 @@ class Controls:
             needs: the components that must be awake; None for all.
 
         Raises:
-            EngineAsleep, EngineBroken: they are not (see `generation_refused`).
+            EngineAsleep, EngineBroken: they are not (see `answers.generation_refused`).
             UsageError: called on an event loop, which would stand still for as long as a sleep or refit under
                 way does, while that may be waiting for a request on the same loop.
         """
@@ -285,7 +280,7 @@ class Controls:
         self,
         operation: str,
         work: Callable[[], dict[str, Any] | None],
-        refused: Callable[[str], dict[str, Any]],
+        refused: Shape,
     ) -> Answer:
         """The answer of one verb, whatever becomes of it."""
         try:
@@ -325,31 +320,10 @@ class Controls:
         }
 
     def _memory_refused(self, message: str) -> dict[str, Any]:
-        return {"success": False, "sleeping": self.sleeping, "message": message}
+        return {**unsuccessful(message), "sleeping": self.sleeping}
 
     def _refused(self, message: str) -> dict[str, Any]:
-        return {
-            "success": False,
-            "message": message,
-            "version": self.hook.version,
-            "sleeping": self.sleeping,
-        }
-
-
-def status_of(error: Exception) -> int:
-    """400 for what the caller can mend, 503 for a store that does not answer, 500 for the rest."""
-    if isinstance(error, UsageError):
-        return 400
-    return 503 if isinstance(error, StoreGone | StoreTimeout) else 500
-
-
-def generation_refused(error: Exception) -> Answer:
-    """What a server answers a generation that met EngineAsleep (400, as SGLang) or EngineBroken (503)."""
-    if isinstance(error, EngineAsleep):
-        return Answer(
-            400, {"detail": f"the server is sleeping; call resume_memory_occupation first ({error})"}
-        )
-    return Answer(503, {"detail": f"the server is not ready ({error})"})
+        return {**self._memory_refused(message), "version": self.hook.version}
 
 
 def _together(reports: Sequence[RefitReport]) -> RefitReport:
@@ -371,10 +345,6 @@ def _together(reports: Sequence[RefitReport]) -> RefitReport:
 def _ours(tags: Sequence[str] | None) -> list[str] | None:
     """The components that `tags` mean, None for all; empty if all of them name nothing held here."""
     return [tag for tag in tags if tag not in ELSEWHERE] if tags else None
-
-
-def _vllm_refused(message: str) -> dict[str, Any]:
-    return {"error": {"message": message}}
 
 
 def _require_no_event_loop() -> None:

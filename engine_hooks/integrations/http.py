@@ -21,7 +21,15 @@ import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from engine_hooks.hook import EngineHook
-from engine_hooks.integrations.controls import Answer, Controls, generation_refused
+from engine_hooks.integrations.answers import (
+    Answer,
+    Shape,
+    generation_refused,
+    plain_error,
+    unsuccessful,
+    vllm_error,
+)
+from engine_hooks.integrations.controls import Controls
 from engine_hooks.integrations.metrics import registry_of
 from weightstore.errors import DependencyMissing, EngineAsleep, EngineBroken
 
@@ -141,7 +149,7 @@ class _Endpoints:
 
     async def checksum(self, request: Request) -> Response:
         return await self._post(
-            request, ModuleNames, lambda body: self._controls.checksum(body.module_names), error_key="error"
+            request, ModuleNames, lambda body: self._controls.checksum(body.module_names), plain_error
         )
 
     async def check(self, request: Request) -> Response:
@@ -157,7 +165,7 @@ class _Endpoints:
     async def sleep(self, request: Request) -> Response:
         level = request.query_params.get("level", "1")
         if not (level.isascii() and level.isdigit() and len(level) < 4):
-            return _response(Answer(400, {"error": {"message": f"level is a number, not {level[:20]!r}"}}))
+            return _response(Answer(400, vllm_error(f"level is a number, not {level[:20]!r}")))
         return await self._answer(lambda: self._controls.sleep(int(level)))
 
     async def wake_up(self, request: Request) -> Response:
@@ -178,16 +186,13 @@ class _Endpoints:
         request: Request,
         kind: type[Body],
         verb: Callable[[Body], Answer],
-        error_key: str = "message",
+        refused: Shape = unsuccessful,
     ) -> Response:
         """Decode the body, none of which means no field given, and do what it asks for."""
         try:
             body = _decode(await self._read(request), kind)
         except _BadRequest as bad:
-            message = (
-                {"success": False, "message": str(bad)} if error_key == "message" else {"error": str(bad)}
-            )
-            return _response(Answer(bad.status, message))
+            return _response(Answer(bad.status, refused(str(bad))))
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it
         return await self._answer(lambda: verb(body))

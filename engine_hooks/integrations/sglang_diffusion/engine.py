@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from engine_hooks.hook import EngineHook
-from engine_hooks.integrations.controls import Answer, Controls
+from engine_hooks.integrations.answers import Answer
+from engine_hooks.integrations.controls import Controls
 from engine_hooks.integrations.sglang_diffusion import derived, order
 from engine_hooks.lifecycle import State
 
