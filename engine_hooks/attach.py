@@ -230,13 +230,14 @@ def move_in(
         # Normal tensors, whatever mode the caller is in: inference tensors have no version to raise.
         with torch.inference_mode(False), torch.no_grad():
             for component in components:
-                component.binding.copy_state_in()
-            for component in components:
                 component.binding.bind()
                 bound.append(component)
 
     try:
         backend.wake(fills, source, meanwhile=bind)
+        with torch.inference_mode(False), torch.no_grad():
+            for component in components:
+                component.binding.copy_state_in()
         merged = sum(component.adapt(component.layout.slots, added, source) for component in components)
     except BaseException:
         for component in reversed(bound):

@@ -81,8 +81,8 @@ class DeviceBackend(Protocol):
         """Map the unmapped images and copy the runs into them, as one pipeline; returns when kernels
         launched from now on, on any stream, see the bytes. On failure images mapped here are unmapped.
 
-        `meanwhile` is called once, when everything is mapped and the copies may still be landing; what it
-        raises is a failure like any other.
+        `meanwhile` is called once, while copies are landing, and images may not be mapped as a whole yet;
+        what it raises is a failure like any other.
         """
         ...
 

@@ -31,18 +31,21 @@ class Binding:
         self._survey = surveyed
         self._image = image
         self._undo: list[Callable[[], None]] = []
+        self._state: list[tuple[int, torch.Tensor]] = []
         self._weights: list[tuple[Found, int]] = []
         self._by_slot: dict[int, list[tuple[Found, int]]] = {}
 
     def copy_state_in(self) -> None:
-        """Copy the engine state's bytes from where they are to their place in the image."""
-        for member in self._survey.members:
-            if not member.weight:
-                raw = raw_bytes(member.found.tensor)
-                self._image[member.offset : member.offset + raw.numel()].copy_(raw)
+        """Copy the engine state's bytes from where they were before `bind` to their place in the image, which
+        has to be mapped."""
+        for offset, raw in self._state:
+            self._image[offset : offset + raw.numel()].copy_(raw)
 
     def bind(self) -> None:
-        """Give every tensor its memory in the image. AttachError names a tensor that refuses it."""
+        """Give every tensor its memory in the image, which need not be mapped yet: its bytes are not touched.
+        AttachError names a tensor that refuses it."""
+        members = self._survey.members
+        self._state = [(m.offset, raw_bytes(m.found.tensor)) for m in members if not m.weight]
         slots: dict[tuple[int, int], torch.Tensor] = {}
         for member in self._survey.members:
             key = (member.slot, member.room)
@@ -65,6 +68,7 @@ class Binding:
         """Put back what the tensors were before `bind`, in reverse order."""
         while self._undo:
             self._undo.pop()()
+        self._state.clear()
         self._weights.clear()
         self._by_slot.clear()
         self.__dict__.pop("_expected", None)
@@ -72,6 +76,7 @@ class Binding:
     def forget_origin(self) -> None:
         """Let go of what the tensors were before, once there is no way back: its memory is freed."""
         self._undo.clear()
+        self._state.clear()
 
     def moved(self, slots: Iterable[int] | None = None) -> list[str]:
         """Weights (of these slots; None: all) that somebody replaced, or gave other memory, since: the image

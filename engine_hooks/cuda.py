@@ -42,6 +42,9 @@ PIECE: Final = 2 << 30
 """Bytes mapped at once: 256 MiB to 2 GiB wake equally fast, and large pieces are unmapped faster."""
 FIRST_PIECE: Final = 128 << 20
 """Bytes of a wake's first piece, so that copies begin soon; each that follows is twice the one before."""
+LEAD: Final = 6 << 30
+"""Bytes submitted before a caller's own work is done: a tenth of a second in which copies go on without us.
+At the end it would come too late where windows are pinned in the background: the last of them ends a wake."""
 ASSIST_BYTES: Final = 6 << 30
 """Bytes at the start of a wake that engine and kernel copy side by side: about what the driver scrubs
 meanwhile, if the memory was freed just before."""
@@ -60,10 +63,18 @@ class Transfer(NamedTuple):
 
 @dataclass
 class _Pace:
-    """How a wake goes on: bytes to map next, and bytes that engine and kernel still copy side by side."""
+    """How a wake goes on: bytes to map next, bytes that engine and kernel still copy side by side, and bytes
+    still to submit before `meanwhile`, if that has not been called."""
 
     piece: int
     beside: int
+    lead: int
+    meanwhile: Meanwhile | None
+
+    def call_meanwhile(self) -> None:
+        call, self.meanwhile = self.meanwhile, None
+        if call is not None:
+            call()
 
 
 class _Source(NamedTuple):
@@ -128,11 +139,11 @@ class CudaBackend:
             self._device.synchronize()  # kernels may still read the images that stayed mapped
         try:
             with self._device.current():
-                pace = _Pace(min(FIRST_PIECE, self._piece), self._assist_bytes if self._assist.ready else 0)
+                beside = self._assist_bytes if self._assist.ready else 0
+                pace = _Pace(min(FIRST_PIECE, self._piece), beside, LEAD, meanwhile)
                 for image, runs in todo:
                     self._fill(image, runs, copier, pace)
-                if meanwhile is not None:
-                    meanwhile()
+                pace.call_meanwhile()
                 self._stream.synchronize()
                 self._beside.synchronize()
         except BaseException as error:
@@ -225,6 +236,9 @@ class CudaBackend:
                 jobs, taken = self._share(jobs, copier)
                 pace.beside -= taken
             copier.to_device(jobs, self._stream)
+            pace.lead -= end - start
+            if pace.lead <= 0:
+                pace.call_meanwhile()
 
     def _share(self, jobs: Sequence[Job], copier: Copier) -> tuple[list[Job], int]:
         """Give the kernel half of each copy, where it can; what is left for the engine, and bytes shared."""

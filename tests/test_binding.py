@@ -23,8 +23,8 @@ def move_in(paper: Paper, modules: dict[str, nn.Module]) -> dict[str, tuple[Bind
             image = torch.full((surveyed.nbytes,), 0xA5, dtype=torch.uint8)
             paper.fill(surveyed, image)
             binding = Binding(surveyed, image)
-            binding.copy_state_in()
             binding.bind()
+            binding.copy_state_in()
             bindings[name] = (binding, image, surveyed)
     return bindings
 
