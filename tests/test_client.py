@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_store import PATIENCE
-from service_process import ServiceProcess, until_back
+from processes import Service, eventually
 
 import weightstore
 from weightstore.client import Store, connect
@@ -28,13 +28,13 @@ from weightstore.errors import (
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
-    with ServiceProcess(tmp_path_factory.mktemp("service")) as service:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with Service(tmp_path_factory.mktemp("service")) as service:
         yield service
 
 
 @pytest.fixture
-def store(service: ServiceProcess) -> Iterator[Store]:
+def store(service: Service) -> Iterator[Store]:
     with service.connect() as store:
         yield store
         for model in store.models():
@@ -56,9 +56,7 @@ def test_the_public_names_are_there() -> None:
         weightstore.nonsense  # noqa: B018
 
 
-def test_connecting_by_argument_and_by_environment(
-    service: ServiceProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_connecting_by_argument_and_by_environment(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEIGHTSTORE_SOCKET", service.socket)
     for path in (service.socket, Path(service.socket), None):
         with connect(path) as store:
@@ -144,7 +142,7 @@ def test_leases_of_what_is_not_there(store: Store) -> None:
     assert store.status().leases == []
 
 
-def test_verify_compares_the_bytes(service: ServiceProcess, store: Store) -> None:
+def test_verify_compares_the_bytes(service: Service, store: Store) -> None:
     version = publish(store, "v")
     first = store.verify("v")
     assert (first.version, first.tensors, first.corrupt) == (version, 1, [])
@@ -155,7 +153,7 @@ def test_verify_compares_the_bytes(service: ServiceProcess, store: Store) -> Non
     assert store.verify("v", version=version).corrupt == ["t.w"]
 
 
-def test_waiting_ends_with_the_version(service: ServiceProcess, store: Store) -> None:
+def test_waiting_ends_with_the_version(service: Service, store: Store) -> None:
     seen: list[int] = []
     waiting = threading.Thread(target=lambda: seen.append(store.wait_for("w", timeout=PATIENCE)))
     waiting.start()
@@ -214,7 +212,7 @@ def test_several_threads_use_one_store(store: Store) -> None:
     assert len(store.tags("shared")) == 7 and store.status().leases == []
 
 
-def test_closing_ends_everything_and_is_idempotent(service: ServiceProcess) -> None:
+def test_closing_ends_everything_and_is_idempotent(service: Service) -> None:
     with service.connect() as observer:
         store = service.connect()
         publish(store, "c")
@@ -269,27 +267,27 @@ def test_a_fork_has_to_connect_itself(store: Store) -> None:
 
 
 def test_the_store_returns_and_leases_follow_without_being_asked(tmp_path: Path) -> None:
-    with ServiceProcess(tmp_path) as service, service.connect() as store:
+    with Service(tmp_path) as service, service.connect() as store:
         publish(store, "m")
         lease = store.lease("m")
         service.kill()
         with pytest.raises(StoreGone):
             store.tags("m")
         service.start()
-        until_back(store)
+        eventually(lambda: store.link.connection is not None, "the store is back")
         with service.connect() as observer:
             assert [each.version for each in observer.status().leases] == [1]
         lease.release()
 
 
 def test_a_new_arena_loses_leases_and_says_so(tmp_path: Path) -> None:
-    with ServiceProcess(tmp_path) as service, service.connect() as store:
+    with Service(tmp_path) as service, service.connect() as store:
         publish(store, "m", value=3.0)
         lease = store.lease("m")
         tensor = lease.snapshot["t.w"]
-        service.terminate()  # a clean end removes the arena
+        service.end()  # a clean end removes the arena
         service.start()
-        until_back(store)
+        eventually(lambda: store.link.connection is not None, "the store is back")
         assert lease.lost
         with pytest.raises(LeaseLost, match="another arena"):
             lease.require_readable(1)

@@ -13,13 +13,14 @@ import pytest
 import tiny_models
 import torch
 from hooked import Faulty, addresses, fresh_model, publish, scaled
-from service_process import ServiceProcess
+from processes import Service
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import weightstore
 from engine_hooks import EngineHook, State
-from engine_hooks.backend import Image
+from engine_hooks.backend import Image, Meanwhile, Run
+from engine_hooks.host import HostBackend
 from weightstore.client import Store
 from weightstore.errors import (
     AttachError,
@@ -29,9 +30,11 @@ from weightstore.errors import (
     EngineAsleep,
     EngineBroken,
     EngineBusy,
+    LeaseLost,
     TagTorn,
     UsageError,
 )
+from weightstore.mapping import ArenaMapping
 
 PATIENCE = 20.0
 
@@ -715,6 +718,25 @@ def test_weights_replaced_behind_the_hooks_back_are_not_left_stale(store: Store,
         engine(X)
 
 
+def test_a_refused_refit_past_a_version_that_did_not_fit_changes_no_version(store: Store, model: str) -> None:
+    engine = net()
+    with EngineHook.attach(store, model, {"net": engine}) as hook:
+        with store.refit(model, extend=True, partial=True) as refit:
+            refit.put("net.extra", torch.ones(3))
+        with pytest.raises(AttachError, match=r"net\.extra is new"):
+            hook.refit()
+        publish(store, model, {"net": net(1)}, fresh=True)
+        kept, engine.first.weight = engine.first.weight, nn.Parameter(torch.zeros(32, 32))
+        for _ in range(2):
+            with pytest.raises(AttachError, match=r"net\.first\.weight"):
+                hook.refit()
+            assert hook.version == 1
+            assert torch.equal(engine.second.weight, net().second.weight)
+        engine.first.weight = kept
+        assert hook.refit().version == 3
+        assert torch.equal(engine(X), net(1)(X)) and hook.verify().ok
+
+
 def test_weights_replaced_while_asleep_fail_the_wake(store: Store, model: str) -> None:
     engine = net()
     with EngineHook.attach(store, model, {"net": engine}) as hook:
@@ -956,10 +978,54 @@ def test_modules_are_left_as_flexible_as_they_were(store: Store, model: str) -> 
         assert engine.first.weight.grad is not None
 
 
+def test_a_store_that_offers_another_version_in_mid_copy_leaves_an_engine_that_wakes(tmp_path: Path) -> None:
+    class Landing(HostBackend):
+        def update(
+            self,
+            fills: Sequence[tuple[Image, Sequence[Run]]],
+            source: ArenaMapping,
+            meanwhile: Meanwhile | None = None,
+        ) -> None:
+            super().update(fills, source, away.pop() if away else meanwhile)
+            if meanwhile is not None and not away:
+                meanwhile()
+
+    offered = threading.Event()
+    with (
+        ServiceProcess(tmp_path) as service,
+        service.connect() as store,
+        service.connect() as trainer,
+        EngineHook.attach(store, "m", {"net": net(), "other": net(9)}, backend=Landing()) as hook,
+    ):
+        engine = hook.modules["net"]
+
+        def restart() -> None:
+            service.kill()
+            with store.link._connecting:  # the trainer is faster
+                service.start()
+                publish(trainer, "m", {"net": net(2)}, components=["net"])
+            # Granted after the hook's lease, on the same thread: told of its offer later.
+            store.lease("m", version=1).release()
+            store.lease("m", tag="old", follow=True, on_offer=lambda _: offered.set())
+            store.tag("m", "old", 3)
+            assert offered.wait(PATIENCE)
+
+        away = [restart]
+        store.tag("m", "old", 1)
+        publish(trainer, "m", {"net": net(1)}, components=["net"])
+        with pytest.raises(LeaseLost, match="was away while version 2 was being copied"):
+            hook.refit()
+        assert hook.states == {"net": State.BROKEN, "other": State.AWAKE} and hook.version == 1
+        assert hook.wake().version == 1
+        assert hook.verify().ok and torch.equal(engine(X), net()(X))
+        assert hook.refit().version == 3
+        assert hook.verify().ok and torch.equal(engine(X), net(2)(X))
+
+
 def test_a_refit_without_the_store_says_that_it_does_not_know(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with ServiceProcess(tmp_path) as service, service.connect() as store:
+    with Service(tmp_path) as service, service.connect() as store:
         with EngineHook.attach(store, "m", {"net": net()}) as hook:
             assert hook.refit().version == 1 and not caplog.records
             service.kill()

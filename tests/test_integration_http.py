@@ -22,7 +22,7 @@ import torch
 from fastapi import FastAPI
 from hooked import Faulty, fresh_model, publish
 from http_serving import PATIENCE, Client, Serving
-from service_process import ServiceProcess
+from processes import Service
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -138,7 +138,7 @@ def engine(store: Store) -> Iterator[Engine]:
 @pytest.fixture
 def orphan(tmp_path: Path) -> Iterator[Engine]:
     """An engine whose store was killed."""
-    with ServiceProcess(tmp_path) as service, service.connect() as store, serving(store) as engine:
+    with Service(tmp_path) as service, service.connect() as store, serving(store) as engine:
         service.kill()
         pause = threading.Event()
         while store.link.connection is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fake_store import PATIENCE, FakeArena, FakeStore, record
-from service_process import ServiceProcess
+from processes import Service
 
 from weightstore import wire
 from weightstore.client import Store
@@ -415,8 +415,8 @@ def test_an_offer_that_cannot_be_is_a_protocol_error(fake: FakeStore, store: Sto
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
-    with ServiceProcess(tmp_path_factory.mktemp("service")) as service:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with Service(tmp_path_factory.mktemp("service")) as service:
         yield service
 
 
@@ -430,7 +430,7 @@ def newest(lease: Lease) -> float:
     return float(lease.snapshot["t.w"][0].item())
 
 
-def test_a_follower_through_refits_asleep_and_awake(service: ServiceProcess) -> None:
+def test_a_follower_through_refits_asleep_and_awake(service: Service) -> None:
     with service.connect() as trainer, service.connect() as engine:
         write(trainer, "follow", 1.0)
         offered = threading.Event()
@@ -452,7 +452,7 @@ def test_a_follower_through_refits_asleep_and_awake(service: ServiceProcess) -> 
         lease.release()
 
 
-def test_an_in_place_refit_goes_on_under_a_sleeper_and_heals(service: ServiceProcess) -> None:
+def test_an_in_place_refit_goes_on_under_a_sleeper_and_heals(service: Service) -> None:
     with service.connect() as trainer, service.connect() as engine:
         write(trainer, "place", 1.0)
         lease = engine.lease("place", follow=True)
@@ -468,7 +468,7 @@ def test_an_in_place_refit_goes_on_under_a_sleeper_and_heals(service: ServicePro
 
 
 def test_a_sleeper_knows_the_last_commit_of_a_store_that_died(tmp_path: Path) -> None:
-    with ServiceProcess(tmp_path) as service, service.connect() as trainer, service.connect() as engine:
+    with Service(tmp_path) as service, service.connect() as trainer, service.connect() as engine:
         write(trainer, "m", 1.0)
         lease = engine.lease("m", follow=True)
         lease.park()
@@ -485,7 +485,7 @@ def test_a_sleeper_knows_the_last_commit_of_a_store_that_died(tmp_path: Path) ->
 
 
 def test_a_reader_reads_on_while_the_store_is_dead_and_holds_on_when_it_returns(tmp_path: Path) -> None:
-    with ServiceProcess(tmp_path) as service, service.connect() as store:
+    with Service(tmp_path) as service, service.connect() as store:
         write(store, "m", 1.0)
         write(store, "m", 1.5, tag="old")
         with store.lease("m") as snapshot:
@@ -500,7 +500,7 @@ def test_a_reader_reads_on_while_the_store_is_dead_and_holds_on_when_it_returns(
         assert store.status().leases == []
 
 
-def test_a_readers_process_cannot_write(service: ServiceProcess) -> None:
+def test_a_readers_process_cannot_write(service: Service) -> None:
     with service.connect() as store:
         write(store, "guard", 1.0)
         with store.lease("guard") as snapshot:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fake_store import PATIENCE, FakeArena, FakeStore, record
-from service_process import ServiceProcess
+from processes import Service
 
 import weightstore.copies
 from weightstore import wire
@@ -132,7 +132,7 @@ def test_a_refit_whose_opener_stopped_waiting_is_aborted(fake: FakeStore, store:
 
 
 def test_the_space_of_a_refit_that_died_with_the_store_comes_back(tmp_path: Path) -> None:
-    with ServiceProcess(tmp_path) as service, service.connect() as store:
+    with Service(tmp_path) as service, service.connect() as store:
         with store.refit("m") as refit:
             refit.put("t.w", torch.ones(1000))
         with pytest.raises(StoreGone), store.refit("m") as refit:

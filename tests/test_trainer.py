@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fake_store import PATIENCE, FakeArena, FakeStore, record
-from service_process import ServiceProcess
+from processes import Service
 
 import weightstore.copies
 import weightstore.writing
@@ -36,13 +36,13 @@ from weightstore.writing import GROUP
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
-    with ServiceProcess(tmp_path_factory.mktemp("service")) as service:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with Service(tmp_path_factory.mktemp("service")) as service:
         yield service
 
 
 @pytest.fixture
-def store(service: ServiceProcess) -> Iterator[Store]:
+def store(service: Service) -> Iterator[Store]:
     with service.connect() as store:
         yield store
         for model in store.models():
@@ -318,7 +318,7 @@ def test_parts_make_up_a_tensor(store: Store) -> None:
     assert refit.report.nbytes == whole.nbytes + BASE["t.b"].nbytes
 
 
-def test_several_ranks_share_a_refit(service: ServiceProcess, store: Store) -> None:
+def test_several_ranks_share_a_refit(service: Service, store: Store) -> None:
     whole = torch.randn(6, 4)
     publish(store, {"t.w": torch.zeros(6, 4)})
     versions: dict[int, int] = {}
@@ -338,7 +338,7 @@ def test_several_ranks_share_a_refit(service: ServiceProcess, store: Store) -> N
     assert torch.equal(read(store, "t.w"), whole)
 
 
-def test_a_rank_that_gives_up_ends_the_refit_for_all(service: ServiceProcess, store: Store) -> None:
+def test_a_rank_that_gives_up_ends_the_refit_for_all(service: Service, store: Store) -> None:
     publish(store)
     with service.connect() as other:
         mine = store.refit(MODEL(), key="k", rank=0, world_size=2)
