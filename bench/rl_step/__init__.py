@@ -2,7 +2,8 @@
 
 Theory of operation. An engine (`engine`, a diffusers pipeline behind HTTP) and a trainer (`trainer`) are
 processes of their own on one device, which does not hold what both need at once. The command's own process
-(`command`, `ways`) drives them and uses no device. For each way it starts both afresh from one seed, then:
+(`command`, `run`, `ways`) drives them and uses no device. For each way it starts both afresh from one seed,
+then:
 
     image -> drain -> sleep -> the trainer takes memory -> (its step) -> refit -> wake -> image
 
