@@ -11,27 +11,19 @@ from collections.abc import Iterator, Sequence
 from weightstore.catalog.coverage import check_coverage
 from weightstore.catalog.inplace import require_sole_use, require_torn_covered, torn_error
 from weightstore.catalog.leases import Lease, Leases
+from weightstore.catalog.placing import place
 from weightstore.catalog.refits import (
     Refit,
     RefitState,
     check_declaration,
     check_request,
-    place_moved,
-    place_specs,
     same_transaction,
 )
 from weightstore.catalog.space import Space, Usage
 from weightstore.catalog.versions import Models, Version, VersionState
 from weightstore.catalog.writers import Peer, Writer
-from weightstore.errors import (
-    InvalidTensor,
-    RefitAborted,
-    RefitClosed,
-    RefitConflict,
-    UsageError,
-    VersionInUse,
-)
-from weightstore.types import MAX_NBYTES, TensorRecord, TensorSpec, check_name, check_spec, contiguous_stride
+from weightstore.errors import RefitAborted, RefitClosed, RefitConflict, UsageError, VersionInUse
+from weightstore.types import TensorRecord, TensorSpec, check_name, check_spec
 from weightstore.wire import OpenRefit, Write, encode_records
 
 
@@ -95,7 +87,7 @@ class Catalog:
         if request.in_place and base is not None:
             self._tear(refit, base)
         elif base is not None:
-            self._place(refit, [base.records[n] for n in refit.declared_names()], [])
+            place(self.space, refit, [base.records[n] for n in refit.declared_names()], [])
         refit.joined[request.rank] = peer
         self.refits[refit.number] = refit
         return refit
@@ -178,32 +170,9 @@ class Catalog:
             known = base.records if base is not None else {}
             moved = refit.with_ties(s.name for s in specs if s.name in known)
             old = [known[n] for n in moved if n in known and n not in refit.targets]
-            self._place(refit, old, [s for s in specs if s.name not in known and s.name not in refit.targets])
+            new = [s for s in specs if s.name not in known and s.name not in refit.targets]
+            place(self.space, refit, old, new)
         return [refit.targets[spec.name] for spec in specs]
-
-    def _place(self, refit: Refit, moved: Sequence[TensorRecord], specs: Sequence[TensorSpec]) -> None:
-        """Targets for tensors of the base and for new ones. Raises NoSpace, InvalidTensor."""
-        targets = refit.targets
-        sizes, slots = place_moved(moved)
-        there = {r.name: r.nbytes for r in (*targets.values(), *moved)} if specs else {}
-        more, added = place_specs(specs, there)
-        if sum(sizes) + sum(more) > MAX_NBYTES:
-            raise InvalidTensor(
-                f"{refit.describe()} asks for {sum(sizes) + sum(more):.3g} bytes at once, more than the "
-                "store can address"
-            )
-        extents = self.space.reserve([*sizes, *more])
-        for old, slot in zip(moved, slots, strict=True):
-            place, stride = extents[slot], old.stride or contiguous_stride(old.shape)
-            targets[old.name] = TensorRecord(
-                old.name, old.dtype, old.shape, stride, place.offset, place.nbytes
-            )
-        for spec, slot in zip(specs, added, strict=True):
-            place = targets[spec.alias_of or ""].extent if slot < 0 else extents[len(sizes) + slot]
-            targets[spec.name] = TensorRecord(
-                spec.name, spec.dtype, spec.shape, spec.stride, place.offset, place.nbytes
-            )
-        refit.owned.extend(e for e in extents if e.nbytes)
 
     def declare_writes(self, number: int, peer: Peer, writes: list[Write]) -> Version:
         """Draft the version of a lone writer before its copies have landed.

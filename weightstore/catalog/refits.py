@@ -11,7 +11,7 @@ in-place refit owns none; its targets are the base version's own extents.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -19,8 +19,8 @@ from typing import Final
 from weightstore.catalog.coverage import describe_problems
 from weightstore.catalog.versions import Model, Version
 from weightstore.catalog.writers import Peer, Writer
-from weightstore.errors import CoverageError, InvalidTensor, RefitClosed, UsageError
-from weightstore.types import MAX_NAME, Extent, TensorRecord, TensorSpec, check_name, component_of, nbytes_of
+from weightstore.errors import CoverageError, RefitClosed, UsageError
+from weightstore.types import MAX_NAME, Extent, TensorRecord, TensorSpec, check_name, component_of
 from weightstore.wire import OpenRefit, Write
 
 MAX_COMPONENTS: Final = 1000
@@ -235,55 +235,3 @@ def same_transaction(first: OpenRefit, other: OpenRefit) -> bool:
         return (r.base, scope, modes, r.world_size)
 
     return shape(first) == shape(other)
-
-
-def place_moved(records: Iterable[TensorRecord]) -> tuple[list[int], list[int]]:
-    """Sizes to reserve for tensors of the base that are to be written anew, and for each of them the index of
-    its size. What is tied in the base stays tied."""
-    tied: dict[int, int] = {}
-    sizes: list[int] = []
-    slots: list[int] = []
-    for record in records:
-        slot = tied.setdefault(record.offset, len(sizes)) if record.nbytes else len(sizes)
-        if slot == len(sizes):
-            raw = record.encoding == "raw"
-            sizes.append(record.nbytes if raw else nbytes_of(record.dtype, record.shape))
-        slots.append(slot)
-    return sizes, slots
-
-
-def place_specs(specs: Sequence[TensorSpec], there: Mapping[str, int]) -> tuple[list[int], list[int]]:
-    """Sizes to reserve for new tensors, and for each of them the index of its size, or of its alias's; -1 for
-    an alias of a tensor that is `there` (name → nbytes).
-
-    Raises:
-        InvalidTensor: an alias of an unknown tensor, or of one with another size.
-    """
-    by_name = {spec.name: spec for spec in specs}
-    sizes: list[int] = []
-    index: dict[str, int] = {}
-
-    def place(spec: TensorSpec) -> int:
-        if spec.name not in index:
-            nbytes = nbytes_of(spec.dtype, spec.shape)
-            if spec.alias_of is not None:
-                index[spec.name] = follow(spec, spec.alias_of, nbytes)
-            else:
-                index[spec.name] = len(sizes)
-                sizes.append(nbytes)
-        return index[spec.name]
-
-    def follow(spec: TensorSpec, target: str, nbytes: int) -> int:
-        other = by_name.get(target)
-        new = other is not None and other.alias_of is None
-        size = nbytes_of(other.dtype, other.shape) if other is not None and new else there.get(target)
-        if size is None:
-            raise InvalidTensor(
-                f"{spec.name!r} is declared an alias of {target!r}, which this refit does not write itself"
-            )
-        if size != nbytes:
-            raise InvalidTensor(f"{spec.name!r} cannot share the bytes of {target!r}: their sizes differ")
-        return place(other) if other is not None and new else -1
-
-    slots = [place(spec) for spec in specs]
-    return sizes, slots
