@@ -190,9 +190,15 @@ class Following:
     def take(self, held: Held) -> None:
         """Move the lease to what `step` said, while its bytes are being copied or once they have been.
 
-        Raises LeaseLost; what the images hold is then not certain.
+        Raises LeaseLost; what the images hold is then not certain. The lease has not moved to any other
+        version, so who fills them anew finds it where it was, or lost.
         """
-        self._lease.advance()
+        if not self._lease.advance(held.version):
+            raise LeaseLost(
+                f"the store was away while version {held.version} was being copied, and may have freed it "
+                "since; call wake() to fill the weights anew",
+                version=held.version,
+            )
         self._lease.require_readable(held.version)
         self.settle(held)
 

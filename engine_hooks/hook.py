@@ -36,7 +36,7 @@ from engine_hooks.drain import Drain
 from engine_hooks.lifecycle import State, refusal
 from engine_hooks.plan import total_bytes
 from engine_hooks.reports import RefitReport, SleepReport, VerifyReport, WakeReport
-from weightstore.errors import EngineBroken, UsageError
+from weightstore.errors import AttachError, EngineBroken, UsageError
 from weightstore.types import DEFAULT_TAG
 
 if TYPE_CHECKING:
@@ -266,7 +266,8 @@ class EngineHook:
             EngineBroken: a component is; wake() first.
             TagTorn, LeaseLost: as `wake`; the images keep the version they have.
             AttachError: the newest version does not fit; the images keep theirs.
-            DeviceError: the copy failed half way; the components it was for are BROKEN.
+            DeviceError: the copy failed half way; the components it was for are BROKEN. So they are if the
+                store went away during the copy and came back with another version (LeaseLost).
         """
         with self._operation() as began:
             following = self._following
@@ -317,8 +318,13 @@ class EngineHook:
         following = self._following
         held, changes, ahead = following.step()
         if not ahead:
+            before = following.held
             following.settle(held)
-            return self._components.update(held, changes, following.mapping, None)
+            try:
+                return self._components.update(held, changes, following.mapping, None)
+            except AttachError:
+                following.settle(before)  # nothing was copied: that is what the images hold still
+                raise
         # The store learns of the move, and may answer with the next offer, while the bytes are on their way.
         return self._components.update(held, changes, following.mapping, lambda: following.take(held))
 

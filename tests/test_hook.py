@@ -13,7 +13,7 @@ import pytest
 import tiny_models
 import torch
 from hooked import Faulty, addresses, fresh_model, publish, scaled
-from processes import Service
+from processes import Service, eventually
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -978,42 +978,43 @@ def test_modules_are_left_as_flexible_as_they_were(store: Store, model: str) -> 
         assert engine.first.weight.grad is not None
 
 
-def test_a_store_that_offers_another_version_in_mid_copy_leaves_an_engine_that_wakes(tmp_path: Path) -> None:
-    class Landing(HostBackend):
+def test_a_store_that_comes_back_with_another_version_in_mid_copy_leaves_an_engine_that_wakes(
+    tmp_path: Path,
+) -> None:
+    class Interrupted(HostBackend):
         def update(
             self,
             fills: Sequence[tuple[Image, Sequence[Run]]],
             source: ArenaMapping,
             meanwhile: Meanwhile | None = None,
         ) -> None:
-            super().update(fills, source, away.pop() if away else meanwhile)
-            if meanwhile is not None and not away:
+            super().update(fills, source)
+            while interruptions:
+                interruptions.pop()()
+            if meanwhile is not None:
                 meanwhile()
 
-    offered = threading.Event()
+    engine = net()
     with (
-        ServiceProcess(tmp_path) as service,
+        Service(tmp_path) as service,
         service.connect() as store,
         service.connect() as trainer,
-        EngineHook.attach(store, "m", {"net": net(), "other": net(9)}, backend=Landing()) as hook,
+        EngineHook.attach(store, "m", {"net": engine, "other": net(9)}, backend=Interrupted()) as hook,
     ):
-        engine = hook.modules["net"]
 
         def restart() -> None:
             service.kill()
-            with store.link._connecting:  # the trainer is faster
+            with store.link._connecting:  # others are back before the engine is
                 service.start()
                 publish(trainer, "m", {"net": net(2)}, components=["net"])
-            # Granted after the hook's lease, on the same thread: told of its offer later.
-            store.lease("m", version=1).release()
-            store.lease("m", tag="old", follow=True, on_offer=lambda _: offered.set())
-            store.tag("m", "old", 3)
-            assert offered.wait(PATIENCE)
+            eventually(
+                lambda: [lease.offered for lease in store.status().leases] == [3], "version 3 is offered"
+            )
+            assert store.wait_for("m", timeout=0) == 3  # the offer was sent before this answer
 
-        away = [restart]
-        store.tag("m", "old", 1)
+        interruptions = [restart]
         publish(trainer, "m", {"net": net(1)}, components=["net"])
-        with pytest.raises(LeaseLost, match="was away while version 2 was being copied"):
+        with pytest.raises(LeaseLost, match="was away while version 2"):
             hook.refit()
         assert hook.states == {"net": State.BROKEN, "other": State.AWAKE} and hook.version == 1
         assert hook.wake().version == 1

@@ -176,9 +176,12 @@ class Lease:
 
     # -- what its owner does -----------------------------------------------------------------------
 
-    def advance(self) -> bool:
+    def advance(self, version: int | None = None) -> bool:
         """Take the pending offer: the lease then holds that version, and the store may free the old one,
         so nothing of the old snapshot may be in use any more. False if nothing is pending.
+
+        Args:
+            version: take no offer but of this version. (A store that was away may have offered another.)
 
         Raises:
             LeaseLost: released, or no longer honoured.
@@ -186,7 +189,7 @@ class Lease:
         with self._lock:
             self._require_live()
             offer, held_by = self._offer, self._held_by
-            if offer is None:
+            if offer is None or version not in (None, offer.version):
                 return False
             self._take(offer)
         if held_by is not None:
