@@ -7,7 +7,6 @@ imported at module scope, since the worker executes this file again.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
@@ -44,7 +43,6 @@ class Engine:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
-        self.device = "cpu" if config["cpu"] else "cuda"
         from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator
         from sglang.multimodal_gen.runtime.entrypoints.post_training import io_struct
         from sglang.multimodal_gen.runtime.scheduler_client import sync_scheduler_client
@@ -114,54 +112,12 @@ class Engine:
     def update(self, model_path: str) -> dict[str, Any]:
         return self._ask(self.requests.UpdateWeightFromDiskReqInput(model_path=model_path))
 
-    def push(self, factor: float, prefixes: list[str]) -> dict[str, Any]:
-        """Stock's way to new weights: tensors of the checkpoint times a factor, as one flattened bucket.
-
-        `prepare` is what a trainer does first (read, scale, flatten, serialize) and not counted.
-        """
-        began = time.perf_counter()
-        tensors = scaled(self.config["model"], factor, prefixes, self.device)
-        from sglang.srt.utils import MultiprocessingSerializer
-        from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
-
-        if self.device == "cuda":
-            from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
-
-            monkey_patch_torch_reductions()
-        bucket = FlattenedTensorBucket(named_tensors=list(tensors.items()))
-        flat = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
-        payload = MultiprocessingSerializer.serialize({"transformer": flat}, output_str=True)
-        prepare = time.perf_counter() - began
-        answer = self._ask(
-            self.requests.UpdateWeightFromTensorReqInput(
-                serialized_named_tensors=[payload],
-                load_format="flattened_bucket",
-                target_modules=["transformer"],
-            )
-        )
-        nbytes = flat["flattened_tensor"].numel() * flat["flattened_tensor"].element_size()
-        return {**answer, "prepare": prepare, "bytes": nbytes}
-
     def facts(self) -> dict[str, Any]:
         """What the worker says of itself (`sglang_probe`), and what its process holds on the host."""
         from sglang.multimodal_gen.runtime.entrypoints.control_requests import ListLorasReq
 
         found: dict[str, Any] = self._ask(ListLorasReq())["output"]
         return {**found, "host": rollup(found["pid"])}
-
-
-def scaled(model: str, factor: float, prefixes: list[str], device: str) -> dict[str, Any]:
-    """The checkpoint's transformer tensors whose names begin so, times a factor, in their own dtype."""
-    from safetensors import safe_open
-
-    tensors = {}
-    for path in sorted(glob.glob(os.path.join(model, "transformer", "*.safetensors"))):
-        with safe_open(path, framework="pt", device=device) as file:
-            for name in file.keys():
-                if name.startswith(tuple(prefixes)):
-                    tensor = file.get_tensor(name)
-                    tensors[name] = tensor if factor == 1.0 else tensor * factor
-    return tensors
 
 
 def rollup(pid: int) -> dict[str, int]:
@@ -192,7 +148,11 @@ def main() -> None:
         exec(compile(_CPU_SHIM, "shim", "exec"), {"__name__": "shim"})
     began = time.perf_counter()
     engine = Engine(config)
-    started = {"import_and_start": time.perf_counter() - began, "start": engine.start_seconds}
+    started = {
+        "import_and_start": time.perf_counter() - began,
+        "start": engine.start_seconds,
+        "endpoint": engine.generator.server_args.scheduler_endpoint,
+    }
     print(json.dumps({"started": started}), file=answers, flush=True)
     for line in sys.stdin:
         command = json.loads(line)
