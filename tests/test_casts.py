@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import count, product
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from hooked import fresh_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -178,12 +179,9 @@ def store() -> Iterator[ws.Store]:
         yield store
 
 
-_made = count()
-
-
 @pytest.fixture
 def model() -> str:
-    return f"m{next(_made)}"
+    return fresh_model()
 
 
 def publish(store: ws.Store, model: str, **tensors: torch.Tensor) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import count
 
 import pytest
 import torch
+from hooked import fresh_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,12 +30,9 @@ def store() -> Iterator[ws.Store]:
         yield store
 
 
-_made = count()
-
-
 @pytest.fixture
 def model() -> str:
-    return f"m{next(_made)}"
+    return fresh_model()
 
 
 def publish(store: ws.Store, model: str, tensors: State) -> None:
@@ -119,7 +116,7 @@ def test_only_what_changed_is_written(store: ws.Store, model: str) -> None:
 def test_what_lands_is_what_an_ordinary_refit_would_write(
     store: ws.Store, kinds: list[str], partial: bool
 ) -> None:
-    model = f"m{next(_made)}"
+    model = fresh_model()
     publish(store, model, {name: BASE[name] for name in list(BASE)[:6]})
     kinds = kinds if partial else ["other" if kind == "left out" else kind for kind in kinds]
     given_ = {

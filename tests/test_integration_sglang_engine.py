@@ -1,8 +1,8 @@
 """The real, unmodified SGLang Diffusion engine on the CPU; only where sglang can be imported.
 
-CI does not have it. With it (see docs/integrations/sglang-diffusion.md), and with WEIGHTSTORE_TEST_FLUX naming
-the directory of a FLUX.1 checkpoint that a CPU can run, engines are started in processes of their own, a
-minute each.
+CI does not have it. With it (see docs/integrations/sglang-diffusion.md), and with WEIGHTSTORE_TEST_FLUX
+naming the directory of a FLUX.1 checkpoint that a CPU can run, engines are started in processes of their own,
+a minute each.
 """
 
 from __future__ import annotations
