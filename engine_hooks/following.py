@@ -131,8 +131,7 @@ class Following:
 
     def require_usable(self) -> None:
         """Raise TagTorn or LeaseLost if there is nothing to read, now or after a wake."""
-        if self._lease.torn or self._lease.lost or not self._lease.parked:
-            self._lease.require_readable(self._lease.version)
+        self._lease.require_whole()
 
     def park(self) -> None:
         """Let the lease move by itself from now on."""
@@ -161,7 +160,7 @@ class Following:
         if self._fitting() is not self.held:
             raise LeaseLost(
                 f"version {self.held.version}, which the components on the device hold, was let go for "
-                f"version {lease.version}; call refit() first",
+                f"version {lease.version}; call refit() first, or sleep() if a component is broken",
                 held=self.held.version,
                 version=lease.version,
             )

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from fake_store import PATIENCE, FakeArena, FakeStore, record
-from processes import Service
+from processes import Service, eventually
 
 from weightstore import wire
 from weightstore.client import Store
-from weightstore.errors import LeaseLost, ProtocolError, StoreGone, TagTorn, UsageError
+from weightstore.connection import Connection
+from weightstore.errors import LeaseLost, ProtocolError, StoreGone, TagTorn, UsageError, VersionInUse
 from weightstore.reader import Lease
 from weightstore.types import TensorRecord
 
@@ -464,6 +465,36 @@ def test_an_in_place_refit_goes_on_under_a_sleeper_and_heals(service: Service) -
         refit.commit()
         lease.unpark()
         assert newest(lease) == 9.0
+        lease.release()
+
+
+def test_a_sleeper_that_is_healed_while_it_unparks_is_unparked(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store's answer was torn, and the commit's offer is taken before anybody looks at that answer."""
+    with service.connect() as trainer, service.connect() as engine:
+        write(trainer, "healed", 1.0)
+        lease = engine.lease("healed", follow=True)
+        lease.park()
+        refit = trainer.refit("healed", in_place=True)
+        refit.put("t.w", torch.full((1000,), 2.0))
+        request, answers = Connection.request, []
+
+        def late(connection: Connection, message: Any, *args: Any, **how: Any) -> Any:
+            answer = request(connection, message, *args, **how)
+            if isinstance(message, wire.ParkLease):
+                answers.append(answer.torn)
+                if answer.torn:
+                    refit.commit()
+                    eventually(lambda: not lease.torn, "the offer of the commit is taken")
+            return answer
+
+        monkeypatch.setattr(Connection, "request", late)
+        lease.unpark()
+        assert answers == [True, False]
+        assert (newest(lease), lease.version) == (2.0, 2)
+        with pytest.raises(VersionInUse, match="put that engine to sleep"):
+            trainer.refit("healed", in_place=True)
         lease.release()
 
 

@@ -174,6 +174,11 @@ class Lease:
                     held=self._version,
                 )
 
+    def require_whole(self) -> None:
+        """Raise LeaseLost or TagTorn if there is nothing to read, now or, while parked, after `unpark`."""
+        with self._lock:
+            self._require_whole()
+
     # -- what its owner does -----------------------------------------------------------------------
 
     def advance(self, version: int | None = None) -> bool:
@@ -273,19 +278,20 @@ class Lease:
                     wire.LeaseState,
                     on_reply=partial(self._parking_answered, connection, parked),
                 )
-                break
             except (CircumstanceError, ProtocolError):
                 # Decided while no connection can be made, so that a renewal tells the store what holds.
-                if self._link.while_down(lambda: self._park_alone(parked)):
-                    break
+                if not self._link.while_down(lambda: self._park_alone(parked)):
+                    continue
             except LeaseLost as error:
                 self.lose(error)
                 raise
-        if not parked:
             with self._lock:
-                self._require_live()
-                if self._torn:
-                    raise self._torn_error()
+                if parked:
+                    return
+                self._require_whole()
+                if not self._parked:
+                    return
+            # It was torn when the store answered, so the lease is parked still, and whole by now: once more.
 
     def _park_alone(self, parked: bool) -> None:
         with self._lock:
@@ -430,10 +436,13 @@ class Lease:
         if self._lost is not None:
             raise LeaseLost(f"{what} is lost: {self._lost.message}", version=self._version)
 
-    def _require_readable(self) -> None:
+    def _require_whole(self) -> None:
         self._require_live()
         if self._torn:
             raise self._torn_error()
+
+    def _require_readable(self) -> None:
+        self._require_whole()
         if self._parked:
             raise UsageError(
                 f"the lease on {self.model!r} tag {self.tag!r} is parked, its bytes may change; call unpark()"
