@@ -171,6 +171,7 @@ class Engine(Child):
             "side": options.side,
             "steps": options.steps,
             "arguments": arguments,
+            "folder": self._folder.name,
         }
         env = _environment(self._folder.name) | {"BENCH_TRACE": self._flag}
         if stored:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 import time
 from typing import Any
 
@@ -55,7 +54,7 @@ class Engine:
             "attention_backend": "torch_sdpa",
             "warmup_mode": "off",
             "log_level": "info",
-            "output_path": tempfile.mkdtemp(prefix="sglang-bench-"),
+            "output_path": os.path.join(config["folder"], "images"),
         }
         self.generator = DiffGenerator.from_pretrained(
             model_path=config["model"], **{**arguments, **config["arguments"]}
@@ -141,10 +140,8 @@ def main() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     if config["cpu"]:
         os.environ["SGLANG_DIFFUSION_PLATFORM_OVERRIDE"] = "cpu"
-        folder = tempfile.mkdtemp(prefix="sglang-shim-")
-        with open(os.path.join(folder, "sitecustomize.py"), "w") as file:
-            file.write(_CPU_SHIM)
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+        with open(os.path.join(config["folder"], "sitecustomize.py"), "w") as file:
+            file.write(_CPU_SHIM)  # for the worker: the folder is on its path
         exec(compile(_CPU_SHIM, "shim", "exec"), {"__name__": "shim"})
     began = time.perf_counter()
     engine = Engine(config)

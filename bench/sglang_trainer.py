@@ -29,6 +29,7 @@ PATIENCE: Final = 120.0
 """Seconds to try for device memory that another process is giving back."""
 ENDING: Final = 5.0
 """Seconds to wait for an engine to let go of buckets."""
+SLACK: Final = 1 << 20
 _INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -75,6 +76,7 @@ class Trainer:
         self._workspace: torch.Tensor | None = None
         self._store: Any = None
         self._context = 0
+        self._held = 0  # of torch's allocator, by the tensors
         if self.device == "cuda":
             torch.zeros(1, device=self.device)
             torch.cuda.empty_cache()
@@ -123,6 +125,7 @@ class Trainer:
         began = time.perf_counter()
         self._tensors = read(self.model, prefixes, self.device)
         self._wait()
+        self._held = torch.cuda.memory_allocated() if self.device == "cuda" else 0
         return {"seconds": time.perf_counter() - began, "bytes": self._bytes, "tensors": len(self._tensors)}
 
     def take(self, nbytes: int) -> dict[str, Any]:
@@ -157,7 +160,7 @@ class Trainer:
         """Give all of the device's memory back but the context; how much of it came free."""
         before = self._free()
         self._tensors.clear()
-        self._turned = 0
+        self._held = self._turned = 0
         self._workspace = None
         self._give_back()
         return {"freed": self._free() - before}
@@ -250,11 +253,10 @@ class Trainer:
         if self.device == "cpu":
             return
         torch.cuda.synchronize()
-        held = sum(tensor.untyped_storage().nbytes() for tensor in self._tensors.values())
         ending = time.perf_counter() + ENDING
         while True:
             torch.cuda.ipc_collect()
-            if torch.cuda.memory_allocated() <= held + (64 << 20) or time.perf_counter() > ending:
+            if torch.cuda.memory_allocated() <= self._held + SLACK or time.perf_counter() > ending:
                 break
             time.sleep(0.002)
         torch.cuda.empty_cache()

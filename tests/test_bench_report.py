@@ -109,16 +109,52 @@ def test_sglang_is_merged_for_the_same_device_only(place: Place) -> None:
     place.put("rl-step-a.json", made.run())
     place.put("sglang-a.json", made.sglang("Some GPU"))
     page = place.page()
-    stock = 0.925 + 0.5 + 0.46
-    assert row_of(page, "5")[2:4] == [summary.seconds(24.0 + 0.5 + 0.47), summary.seconds(stock)]
-    assert row_of(page, "5")[10] == "", "another engine, another pipeline: no factor"
-    assert "its refit is of 1.5 GB" in page
+    ours = sum(made.TAKES["1"]) - made.OWN
+    ours_first = sum(made.TAKES["1"]) * 1.3 - made.OWN
+    for key, name in (("5", "stock"), ("5p", "plugin")):
+        total = sum(made.SGLANG[name])
+        row = row_of(page, key)
+        assert row[2:4] == [summary.seconds(total * 1.3 - made.OWN), summary.seconds(total - made.OWN)]
+        assert row[10] == f"{(total - made.OWN) / ours:.1f}" and row[11] == "equal"
+    assert "the whole transformer (23.8 GB in 780 tensors) in 12 flattened buckets" in page
+    assert "the pipeline has 24.3 GB (theirs 33.8 GB" in page
+    assert "again: `python -m bench sglang --model-dir FLUX.1-dev" in page
     (group,) = read(place.results)
     checks = {check.key: check for check in group.checks}
-    assert checks["faster.5"].value == pytest.approx(stock / (0.02 + 0.05 + 0.46))
-    assert checks["faster.5.first"].value == pytest.approx((24.0 + 0.5 + 0.47) / (0.03 + 0.05 + 0.47))
+    stock = sum(made.SGLANG["stock"])
+    assert checks["faster.5"].value == pytest.approx((stock - made.OWN) / ours)
+    assert checks["faster.5.first"].value == pytest.approx((stock * 1.3 - made.OWN) / ours_first)
+    assert checks["faster.5"].met and not checks["faster.5.first"].met
     place.put("sglang-a.json", made.sglang("Another GPU"))
     assert "SGLang Diffusion, stock" not in place.page()
+
+
+def test_sglang_with_another_transformer_has_no_factor(place: Place) -> None:
+    place.put("rl-step-a.json", made.run())
+    place.put("sglang-a.json", made.sglang(trained_bytes=2_400_000_000))
+    page = place.page()
+    assert row_of(page, "5")[3] != "–" and row_of(page, "5")[10] == "" == row_of(page, "5p")[10]
+    assert "its transformer has 2.4 GB (theirs 23.8 GB), so there is no factor" in page
+    (group,) = read(place.results)
+    assert not [check for check in group.checks if check.key.startswith("faster.5")]
+
+
+def test_sglang_without_the_step_or_cut_short(place: Place) -> None:
+    """A part of the weights, or a run that ended early, must not pass for the whole."""
+    place.put("rl-step-a.json", made.run())
+    found = made.sglang()
+    step = found["sections"].pop("step")
+    place.put("sglang-a.json", found)
+    assert "SGLang" not in place.page()
+    step["stock"] |= {"status": "running", "cycles": step["stock"]["cycles"][:1]}
+    step["plugin"] |= {"status": "failed", "reason": "resume: out of memory", "cycles": []}
+    found["sections"]["step"] = step
+    place.put("sglang-a.json", found)
+    page = place.page()
+    assert row_of(page, "5")[3] == "–" and "Cut short: its run ended after 1 cycles" in page
+    assert "**No numbers: failed**: resume: out of memory" in page
+    (group,) = read(place.results)
+    assert [check.key for check in group.checks if check.key.startswith("faster.5")] == ["faster.5.first"]
 
 
 def test_two_runs_are_one_table(place: Place) -> None:

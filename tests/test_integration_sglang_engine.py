@@ -121,11 +121,11 @@ def test_the_real_engine_through_the_store(tmp_path: Path) -> None:
         "--cpu",
         "--checksum",
         "--only",
-        "stock,plugin,relaunch",
+        "stock,plugin,step,relaunch",
     ]
     command += ["--model-dir", str(FLUX), "--out", str(out), "--side", "64", "--steps", "2"]
-    command += ["--capacity", "256MiB", "--window", "16MiB"]
+    command += ["--capacity", "256MiB", "--window", "16MiB", "--bucket", "512KiB"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads(out.read_text())
-    assert found["complete"] and all(found["checks"].values()) and len(found["checks"]) >= 15
+    assert found["complete"] and all(found["checks"].values()) and len(found["checks"]) >= 25

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from bench.report import sglang
 from bench.report.results import Entry, Group
 from bench.rl_step import summary
 from bench.rl_step.summary import seconds
@@ -139,7 +140,7 @@ def _headline(group: Group) -> str:
         text += f", {ratio:.2f} × what the link needs for the bytes ({seconds(bound)})"
     rivals = [
         f"{entry.times_ours:.0f} × as long for “{entry.title}” ({seconds(summary.overhead(entry.way))})"
-        for key in ("3", "4", "6")
+        for key in ("3", "4", sglang.STOCK, "6")
         if (entry := _measured(group).get(key)) is not None and entry.times_ours is not None
     ]
     return f"{text}; {', '.join(rivals)}." if rivals else f"{text}."
@@ -180,7 +181,7 @@ def _explained(group: Group) -> Iterator[str]:
     """What each way does, why one has no numbers, and what differs."""
     for entry in group.entries.values():
         kind = WAYS.get(entry.key)
-        text = f"- {entry.key}: {kind.what}" if kind is not None else f"- {entry.key}: {_engine(entry)}"
+        text = f"- {entry.key}: {_engine(entry, group) if kind is None else kind.what}"
         if not entry.has_numbers:
             text += f". **No numbers: {entry.way['status']}**: {_short(entry.way['reason'])}"
         elif entry.way["status"] == "cut":
@@ -191,10 +192,32 @@ def _explained(group: Group) -> Iterator[str]:
         yield f"{text}."
 
 
-def _engine(entry: Entry) -> str:
-    text = "SGLang's own server processes, asked through its scheduler"
-    nbytes = entry.way["notes"].get("refit_bytes")
-    return f"{text}; its refit is of {_gb(nbytes)}" if nbytes else text
+def _engine(entry: Entry, group: Group) -> str:
+    """What is done with an engine of its own, and in what it differs from the other ways."""
+    way, theirs = entry.way, entry.found["model"]
+    its = way["model"]
+    text = "SGLang's own server processes, unmodified, asked through its scheduler; "
+    if entry.has_numbers:
+        handed = way["cycles"][-1]["handed"]
+        whole = f"the whole transformer ({_gb(handed['bytes'])} in {handed['tensors']} tensors)"
+        if entry.key == sglang.STOCK:
+            text += f"after the resume {whole} in {len(handed['requests'])} flattened buckets by CUDA IPC; "
+        else:
+            text += f"{whole} is written while it sleeps; "
+    if sglang.comparable(way, entry.found):
+        text += f"the transformer is that of the other ways, the pipeline has {_gb(its['whole_bytes'])} "
+        text += f"(theirs {_gb(theirs['whole_bytes'])}, with larger text encoders)"
+    else:
+        text += f"its transformer has {_gb(its['trained_bytes'])} (theirs {_gb(theirs['trained_bytes'])}), "
+        text += "so there is no factor"
+    through = group.entries.get(sglang.PLUGIN)
+    if entry.key == sglang.STOCK and entry.has_numbers and through is not None and through.has_numbers:
+        steady = summary.overhead(way) / summary.overhead(through.way)
+        first = summary.first_overhead(way) / summary.first_overhead(through.way)
+        text += f"; {steady:.1f} × as long as the same engine through weightstore, in the first cycle "
+        text += f"{first:.1f} ×"
+    text += f"; {sglang.STOCK} and {sglang.PLUGIN} have their pictures compared with each other"
+    return f"{text}; again: `{way['notes']['command']}`" if way["notes"]["command"] else text
 
 
 def _short(reason: str | None) -> str:

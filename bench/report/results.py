@@ -38,11 +38,14 @@ class Entry:
 
     @property
     def times_ours(self) -> float | None:
-        """Steady overhead over weightstore's of the same run; None without both, or in another engine."""
+        """Steady overhead over weightstore's of the same run; None without both. In another engine it is that
+        of a run beside, and None unless the transformer is the same."""
         ours = self.found["ways"].get(summary.OURS)
-        if self.key not in WAYS or self.key == summary.OURS or self.found["settings"]["device"] == "cpu":
+        if self.key == summary.OURS or self.found["settings"]["device"] == "cpu":
             return None
         if ours is None or not summary.has_numbers(ours):
+            return None
+        if self.key not in WAYS and not sglang.comparable(self.way, self.found):
             return None
         return summary.overhead(self.way) / summary.overhead(ours)
 
@@ -90,8 +93,7 @@ class Group:
     def checks(self) -> list[summary.Check]:
         """What must hold, each from the newest run that has it."""
         found = {check.key: check for run in self.runs for check in summary.checks(run)}
-        for entry in self.measured:
-            found |= {check.key: check for check in sglang.checks(entry.way, self.entries)}
+        found |= {check.key: check for check in sglang.checks(self.entries)}
         return list(found.values())
 
 
@@ -111,8 +113,9 @@ def read(directory: Path) -> list[Group]:
                 entry = Entry(key, way, run)
                 if key not in found or entry.has_numbers or not found[key].has_numbers:
                     found[key] = entry
+        ours = found.get(summary.OURS)
         for key, way in sglang.ways(beside, group.model, group.device).items():
-            found[key] = Entry(key, way, group.newest)
+            found[key] = Entry(key, way, group.newest if ours is None else ours.found)
         group.entries = {key: found[key] for key in ORDER if key in found}
     return sorted(
         groups.values(), key=lambda group: (not group.on_gpu, -group.newest["model"]["whole_bytes"])
