@@ -115,7 +115,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "revision": _git("rev-parse", "HEAD"),
+        "revision": _git("rev-parse", "HEAD").strip(),
         "changed_files": _git("status", "--porcelain", "--", "weightstore", "engine_hooks").count("\n"),
     }
 
