@@ -266,8 +266,9 @@ def sglang_command(only: str, **given: Any) -> None:
         raise click.BadParameter(f"no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
     if sglang_step.SECTION in asked and not {"stock", "plugin"} & set(asked):
         raise click.BadParameter("step is measured in the engines of stock and plugin: add one or both")
-    found = Found(options.out, {**{k: str(v) for k, v in given.items()}, "parts": PARTS})
-    found.all["command"] = "python -m bench sglang " + shlex.join(sys.argv[2:])
+    settings = {k: str(v) for k, v in given.items() if k not in ("model_dir", "out")}
+    found = Found(options.out, settings | {"parts": PARTS})
+    found.all["command"] = _command(options)
     found.all["model"] = sglang_step.sizes(options.model_dir)
     with ExitStack() as held:
         store = held.enter_context(local_store(options.capacity, window=options.window))
@@ -301,3 +302,10 @@ def sglang_command(only: str, **given: Any) -> None:
     found.complete()
     if found.wrong:
         raise click.ClickException(f"{len(found.wrong)} wrong: {'; '.join(found.wrong)[:2000]}")
+
+
+def _command(options: Options) -> str:
+    """What was asked for, with names for this machine's paths."""
+    paths = {str(options.model_dir), str(options.out)}
+    words = [Path(word).name if word in paths else word for word in sys.argv[2:]]
+    return "python -m bench sglang " + shlex.join(words)

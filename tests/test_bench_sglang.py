@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from bench import sglang_probe, sglang_step
+from bench.rl_step.memory import Sampler
+from bench.sglang_process import Found, Run
 from bench.sglang_trainer import Trainer, buckets, read, turn
 
 
@@ -118,3 +120,87 @@ def test_the_real_kernels_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delitem(sys.modules, sglang_probe._REFERENCES, raising=False)
     sglang_probe.lend_weak_references()
     assert kernels.weak_ref_tensor is own and sglang_probe.weak_references().startswith(__name__)
+
+
+class Pair:
+    """An engine and its trainer, made up: an image is the step that the engine's weights are of."""
+
+    pid = 0
+    endpoint = ""
+
+    def __init__(self, fails_at: int | None) -> None:
+        self.asked: list[str] = []
+        self._fails_at = fails_at
+        self._weights = self._step = self._drawn = 0
+
+    def ask(self, command: str, **_: Any) -> dict[str, Any]:
+        self.asked.append(command)
+        if command == "facts":
+            return {"pid": 0}
+        if command == "generate":
+            return {"pixels": str(self._weights), "latents": str(self._weights), "spread": 1.0}
+        return {"output": {"version": self._step}, "error": None, "seconds": 0.1}
+
+    def image(self, what: str) -> tuple[str, str]:
+        return str(self._weights), str(self._weights)
+
+    def do(self, command: str, **arguments: Any) -> dict[str, Any]:
+        self.asked.append(command)
+        if command == "step":
+            self._step = arguments["number"]
+        if command in ("push", "put"):
+            if self._step == self._fails_at:
+                return {"error": "no such luck"}
+            self._weights = self._step
+            return {"error": None, "version": self._step}
+        return {"bytes": 4, "freed": 4}
+
+
+def measured(tmp_path: Path, key: str, pair: Any, known: dict[str, Any]) -> Found:
+    found = Found(tmp_path / "x.json", {})
+    options: Any = types.SimpleNamespace(cpu=True, cycles=3, bucket=1)
+    run = Run(found, options, ["step"], pair, Sampler("cpu"), "", tmp_path / "none", 0, known)
+    sglang_step.measure(run, pair, key, ("0", "0"), 0)
+    return found
+
+
+def test_both_ways_are_cycles_of_the_same_phases(tmp_path: Path) -> None:
+    known: dict[str, Any] = {}
+    orders = {
+        "stock": ["release", "take", "step", "resume", "push"],
+        "plugin": ["release", "take", "step", "put"],
+    }
+    for key, order in orders.items():
+        pair = Pair(None)
+        found = measured(tmp_path, key, pair, known)
+        step = json.loads((tmp_path / "x.json").read_text())["sections"]["step"][key]
+        assert step["status"] == "ok" and not found.wrong
+        assert [cycle["image"] for cycle in step["cycles"]] == ["1/1", "2/2", "3/3"]
+        for cycle in step["cycles"]:
+            spent = sum(cycle["phases"].values()) - cycle["own_image"]
+            assert cycle["overhead"] == pytest.approx(spent) and cycle["same"]
+        started = pair.asked.index("release")
+        assert [what for what in pair.asked[started:] if what != "facts"][: len(order)] == order
+        assert pair.asked[-1] == "drop" and len(known[f"{key} release"]) == 3
+
+
+def test_weights_that_did_not_arrive_or_differ_show(tmp_path: Path) -> None:
+    pair = Pair(None)
+    pair.do = lambda command, _do=pair.do, **more: (  # type: ignore[method-assign, misc]
+        {"error": None, "version": 0} if command == "push" else _do(command, **more)
+    )
+    found = measured(tmp_path, "stock", pair, {})
+    assert found.all["checks"]["step: stock: image 1 is right"] is False
+    assert "did not arrive" in found.all["sections"]["step"]["stock"]["cycles"][0]["differs"]
+    found = measured(tmp_path, "stock", Pair(None), {"pictures": {2: ("plugin", ("7", "7"))}})
+    cycles = found.all["sections"]["step"]["stock"]["cycles"]
+    assert [cycle["differs"] for cycle in cycles] == [None, "from plugin's after as many steps", None]
+
+
+def test_a_failure_is_the_result_and_the_weights_are_brought_back(tmp_path: Path) -> None:
+    pair = Pair(2)
+    found = measured(tmp_path, "stock", pair, {})
+    step = found.all["sections"]["step"]["stock"]
+    assert step["status"] == "failed" and "no such luck" in step["reason"] and len(step["cycles"]) == 1
+    assert found.wrong == ["step: stock: every cycle got to its end"]
+    assert pair.asked[-1] == "drop" and pair.image("") == ("0", "0")
