@@ -20,6 +20,8 @@ from weightstore.mapping import ArenaMapping
 
 ALL = "weights"
 """The tag that means every component."""
+_SHOWN = 5
+"""Names that a message lists."""
 
 
 class Components:
@@ -50,9 +52,11 @@ class Components:
         wanted = {ALL} if tags is None else {tags} if isinstance(tags, str) else set(tags)
         unknown = wanted - self._all.keys() - {ALL}
         if unknown:
+            shown = [tag if tag.isprintable() else repr(tag) for tag in sorted(unknown)[:_SHOWN]]
+            more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
             raise UsageError(
-                f"no component {', '.join(sorted(unknown))}; attached are {', '.join(self._all)}, and "
-                f"{ALL!r} means all"
+                f"no component {', '.join(shown)}{more}; attached are {', '.join(self._all)}, and {ALL!r} "
+                "means all"
             )
         return [component for name, component in self._all.items() if ALL in wanted or name in wanted]
 

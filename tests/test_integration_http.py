@@ -417,6 +417,28 @@ def test_a_body_with_wrong_fields(engine: Engine, path: str) -> None:
     assert engine.hook.version == 1
 
 
+def test_what_nobody_knows_is_repeated_in_a_line_of_bounded_length(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    status, body = engine.post(RELEASE, {"tags": ["a\nERROR forged", *map(str, range(900))]})
+    assert status == 400 and "no component 0, 1, 10, 100, 101 and 896 more" in body["message"]
+    assert "\n" not in engine.post(RELEASE, {"tags": ["a\nERROR forged"]})[1]["message"]
+    for path, fields in (
+        (RELEASE, {"tags": ["a" * 513]}),
+        (RELEASE, {"tags": ["a"] * 1001}),
+        (UPDATE, {"model": "a" * 513}),
+        (CHECKSUM, {"module_names": ["a" * 513]}),
+        (CHECK, {"target_module": "a" * 513, "expected_named_tensors_sha256": {"a": "b"}}),
+        (CHECK, {"target_module": "transformer", "expected_named_tensors_sha256": {"a" * 513: "b"}}),
+    ):
+        status, body = engine.post(path, fields)
+        assert status == 400 and len(str(body)) < 200, path
+    assert engine.hook.state is State.AWAKE
+    assert all(
+        len(record.getMessage()) < 400 and "\n" not in record.getMessage() for record in caplog.records
+    )
+
+
 def test_required_fields_are_named_as_sglang_names_them(engine: Engine) -> None:
     assert engine.post(CHECK, {})[1] == {"success": False, "message": "target_module is required"}
     body = engine.post(CHECK, {"target_module": "vae"})[1]
@@ -459,6 +481,7 @@ def test_wake_up_with_a_tag_nobody_knows(engine: Engine) -> None:
         ("GET", [UPDATE, CHECKSUM, CHECK, SLEEP, WAKE]),
         ("POST", [SLEEPING, HEALTH, METRICS]),
         ("DELETE", [RELEASE, RESUME, VERSION]),
+        ("HEAD", [RELEASE, RESUME, UPDATE, CHECKSUM, CHECK, SLEEP, WAKE]),
     ],
 )
 def test_other_methods(engine: Engine, method: str, paths: list[str]) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -32,6 +32,7 @@ from engine_hooks.integrations.answers import (
 from engine_hooks.integrations.controls import Controls
 from engine_hooks.integrations.metrics import registry_of
 from weightstore.errors import DependencyMissing, EngineAsleep, EngineBroken
+from weightstore.types import MAX_NAME
 
 try:
     from starlette.applications import Starlette
@@ -46,26 +47,30 @@ except ImportError as error:
 MAX_BODY: Final = 16 << 20
 """Bytes of a request's body. The largest hold the checksums of a model's tensors: some 200 bytes each."""
 
+Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
+"""No longer than a name in the store: answers and logs repeat what nobody knows."""
+Names = Annotated[list[Name], msgspec.Meta(max_length=1000)]
+
 
 class Tags(msgspec.Struct):
     """Fields that SGLang's clients send besides are ignored, here and below."""
 
-    tags: list[str] | None = None
+    tags: Names | None = None
 
 
 class UpdateFromStore(msgspec.Struct, forbid_unknown_fields=True):
-    model: str | None = None
-    tag: str | None = None
+    model: Name | None = None
+    tag: Name | None = None
     version: int | None = None
 
 
 class ModuleNames(msgspec.Struct):
-    module_names: list[str] | None = None
+    module_names: Names | None = None
 
 
 class Expected(msgspec.Struct):
-    target_module: str | None = None
-    expected_named_tensors_sha256: dict[str, str] | None = None
+    target_module: Name | None = None
+    expected_named_tensors_sha256: dict[Name, Name] | None = None
 
 
 Body = TypeVar("Body")
@@ -104,6 +109,8 @@ def control_routes(
         routes.append(Route("/health", endpoints.health, methods=["GET"]))
     if metrics:
         routes.append(Route("/metrics", endpoints.metrics, methods=["GET"]))
+    for route in routes[:2]:
+        (route.methods or set()).discard("HEAD")  # which Starlette adds to GET, and which must change nothing
     return routes
 
 
