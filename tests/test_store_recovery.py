@@ -314,6 +314,24 @@ def test_drafts_leave_no_records_behind(name: str):
     store.arena.close()
 
 
+def test_models_that_were_but_a_name_map_leave_nothing_behind(name: str):
+    """The root has room for so many models, and one that had a version is remembered for ever."""
+    store = open_store(name)
+    refit(store, 1)
+    before = (store.arena_status().meta_used, store._persistence.root_bytes)
+    for number in range(20):
+        store.publish_names(f"taken-back-{number}", '{"prefix":"a."}')
+        store.publish_names(f"removed-{number}", '{"prefix":"b."}')
+        store.publish_names(f"taken-back-{number}", None)
+        store.remove_model(f"removed-{number}")
+    assert (store.arena_status().meta_used, store._persistence.root_bytes) == before
+    store.publish_names("m", "{}")
+    store.remove_model("m")
+    refit(store, 2)
+    assert visible(store) == {"m:latest": (2, [], dict.fromkeys(NAMES, 2))}
+    store.arena.close()
+
+
 def test_a_full_catalog_area_fails_the_commit_and_loses_nothing(name: str):
     store = open_store(name)
     refit(store, 1)

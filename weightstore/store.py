@@ -124,7 +124,8 @@ class Store:
         open_refits = {refit.number for refit in self.catalog.open_refits()}
         for number in self._drafts.keys() - open_refits:
             garbage.append(self._drafts.pop(number)[1])
-        garbage += [self._names.pop(m.name, None) for m in self.catalog.models if m.names is None]
+        named = {model.name for model in self.catalog.models if model.names is not None}
+        garbage += [self._names.pop(name) for name in self._names.keys() - named]
         garbage += self._save_debts()
         overwriting = {
             refit.base: refit.writing() for refit in self.catalog.open_refits() if refit.declared.in_place

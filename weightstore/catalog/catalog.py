@@ -375,6 +375,7 @@ class Catalog:
             self._require_no_refit(model, tag)
         found.tags.clear()
         found.names = None
+        self.models.forget_if_void(model)
         self.collect()
 
     def publish_names(self, model: str, names: str | None) -> None:
@@ -383,6 +384,7 @@ class Catalog:
             self.models.ensure(model).names = names
         elif (found := self.models.find(model)) is not None:
             found.names = None
+            self.models.forget_if_void(model)
 
     def _require_no_refit(self, model: str, tag: str) -> None:
         for refit in self.open_refits():

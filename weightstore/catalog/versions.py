@@ -171,6 +171,12 @@ class Models:
     def ensure(self, name: str) -> Model:
         return self._models.setdefault(name, Model(name))
 
+    def forget_if_void(self, name: str) -> None:
+        """Forget a model that never had a version and has no name map (any more): no number depends on it."""
+        model = self._models.get(name)
+        if model is not None and model.next_number == 1 and model.names is None:
+            del self._models[name]
+
     def versions(self) -> Iterable[Version]:
         for model in self._models.values():
             yield from model.versions.values()
