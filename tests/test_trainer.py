@@ -498,6 +498,51 @@ def test_a_mistake_in_a_late_group_undoes_the_call(store: Store, in_groups: list
     assert all(torch.equal(read(store, name), tensor * 2) for name, tensor in list(MANY.items())[::50])
 
 
+@pytest.fixture
+def landing_late(in_groups: list[int], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A device whose copies land when they are waited for, and no earlier. Copies that wait; what is of dtype
+    float32 is the device's."""
+    waiting: list[Any] = []
+    real = weightstore.copies.copy_all
+
+    def copy_all(pairs: Any, mapping: Any) -> None:
+        for place, source in list(pairs):
+            if source.dtype == torch.float32:
+                waiting.append((place, source))
+            else:
+                real([(place, source)], mapping)
+
+    def drain(mapping: Any) -> None:
+        while waiting:
+            real([waiting.pop(0)], mapping)
+
+    monkeypatch.setattr(weightstore.copies, "copy_all", copy_all)
+    monkeypatch.setattr(weightstore.transaction, "drain_uploads", drain)
+    monkeypatch.setattr(weightstore.writing, "drain_uploads", drain)
+    return waiting
+
+
+def test_what_a_mistake_left_under_way_does_not_land_on_what_is_put_next(
+    store: Store, landing_late: list[Any]
+) -> None:
+    publish(store, MANY)
+    with store.refit(MODEL()) as refit:
+        with pytest.raises(CoverageError, match="unknown"):
+            refit.put_many([*MANY.items(), ("t.late", torch.ones(3))])
+        refit.put_many({name: (tensor + 0.5).double() for name, tensor in MANY.items()})
+    for name, tensor in MANY.items():
+        assert torch.equal(read(store, name), tensor + 0.5)
+
+
+def test_what_is_under_way_does_not_land_on_a_view(store: Store, landing_late: list[Any]) -> None:
+    publish(store, MANY)
+    with store.refit(MODEL()) as refit:
+        refit.put_many(MANY)
+        assert landing_late
+        refit.view("t.w7").fill_(9.0)
+    assert torch.equal(read(store, "t.w7"), torch.full((3,), 9.0))
+
+
 def test_tied_tensors_are_looked_at_together(store: Store, in_groups: list[int]) -> None:
     shared = torch.arange(4.0)
     publish(store, {**MANY, "t.first": shared, "t.last": shared})

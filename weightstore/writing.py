@@ -20,6 +20,7 @@ import msgspec
 
 from weightstore import wire
 from weightstore.casts import Cast
+from weightstore.cuda.uploads import drain_uploads
 from weightstore.errors import ProtocolError, UsageError
 from weightstore.ledger import Ledger, Problems
 from weightstore.mapping import ArenaMapping
@@ -268,8 +269,12 @@ class Writing:
                 raise
 
     def _withdraw(self, entered: Entered) -> None:
-        for name, box in entered:
-            self.ledger.withdraw(name, box)
+        try:
+            # What a device was told to copy must not land over what is put under these names next.
+            drain_uploads(self._mapping)
+        finally:
+            for name, box in entered:
+                self.ledger.withdraw(name, box)
 
     # -- places ------------------------------------------------------------------------------------
 
@@ -295,6 +300,8 @@ class Writing:
             self._find_places([spec])
             self._life.begin_view()
             item = ledger.item(name)
+            if item is not None:
+                drain_uploads(self._mapping)  # nor over what the view is filled with
             if item is None or item.kept or name not in item.names:
                 ledger.enter(name)
         return tensor_of(self._mapping, ledger.places[name])
