@@ -20,6 +20,7 @@ from engine_hooks.adapters import Adapters
 from engine_hooks.backend import DeviceBackend
 from engine_hooks.component import Component
 from engine_hooks.following import Following
+from engine_hooks.guard import taken
 from engine_hooks.host import HostBackend
 from engine_hooks.lifecycle import Event
 from engine_hooks.plan import matcher, runs_of
@@ -121,7 +122,12 @@ def attach(
 
 
 def check_components(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Raises InvalidName or AttachError for what cannot be components."""
+    """Raises InvalidName or AttachError for what cannot be components, or is another hook's."""
+    if not isinstance(modules, Mapping):
+        raise AttachError(
+            f"the engine's modules are a {type(modules).__name__}; give a mapping of component name to "
+            "nn.Module, as in {'transformer': pipe.transformer} (attach_pipeline takes a diffusers pipeline)"
+        )
     if not modules:
         raise AttachError("there is nothing to attach: give the engine's modules by component name")
     for name, module in modules.items():
@@ -136,6 +142,13 @@ def check_components(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
             )
         if not isinstance(module, nn.Module):
             raise AttachError(f"component {name!r} is a {type(module).__name__}, not an nn.Module")
+    others = [name for name, module in modules.items() if taken(module)]
+    if others:
+        raise AttachError(
+            f"a hook that is open has {', '.join(others)} already, and two would undo each other's work: use "
+            "that hook (it serves every pipeline that shares its modules), or close() it and attach then",
+            components=others,
+        )
     return dict(modules)
 
 

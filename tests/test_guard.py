@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from engine_hooks.guard import Guard
+from engine_hooks.guard import Guard, taken
 from engine_hooks.lifecycle import State
 from weightstore.errors import EngineAsleep, EngineBroken
 
@@ -37,6 +37,33 @@ def test_every_entrance_is_shut_and_opens_again() -> None:
             entrance(X)
     guard.open()
     assert torch.equal(codec.decode(X), expected)
+
+
+def test_a_state_dict_is_made_of_weights_that_are_there() -> None:
+    codec = Codec()
+    compiled = torch.compile(codec, backend="eager")
+    guard = Guard("vae", compiled)
+    expected = list(codec.state_dict())
+    guard.shut(State.ASLEEP)
+    for holder in (codec, compiled, codec.inner, codec.inner[0]):
+        with pytest.raises(EngineAsleep, match="state_dict of 'vae'"):
+            holder.state_dict()
+    guard.open()
+    assert list(codec.state_dict()) == expected
+    assert not any(module._state_dict_pre_hooks for module in codec.modules())
+
+
+def test_a_module_is_taken_as_long_as_somebody_holds_its_guard() -> None:
+    codec = Codec()
+    assert not taken(codec)
+    guard = Guard("vae", torch.compile(codec, backend="eager"))
+    assert taken(codec)
+    guard.remove()
+    assert not taken(codec)
+    held = [Guard("vae", codec)]
+    assert taken(codec)
+    held.clear()
+    assert not taken(codec)
 
 
 def test_broken_says_so() -> None:

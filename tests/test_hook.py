@@ -834,6 +834,22 @@ def test_closing_gives_weights_up_and_attaching_again_brings_them_back(store: St
         assert int(engine.steps) == 2
 
 
+def test_a_module_has_one_hook(store: Store, model: str) -> None:
+    """A second one would take the weights away under the first, and could publish those that sleep."""
+    engine = net()
+    expected = engine(X)
+    hook = EngineHook.attach(store, model, {"net": engine})
+    hook.sleep()
+    for modules in ({"net": engine}, {"other": net(), "again": torch.compile(engine, backend="eager")}):
+        with pytest.raises(AttachError, match="close\\(\\) it and attach then") as caught:
+            EngineHook.attach(store, f"{model}-other", modules)
+        assert caught.value.details["components"] == list(modules)[-1:]
+    assert f"{model}-other" not in store.models()
+    hook.wake()
+    assert torch.equal(engine(X), expected)
+    hook.close()
+
+
 def test_closing_can_keep_the_weights(store: Store, model: str) -> None:
     modules = tiny_models.build("text_encoder")
     expected = tiny_models.outputs(modules)["text_encoder"]
@@ -940,6 +956,7 @@ def test_what_cannot_be_attached(store: Store, model: str) -> None:
         ({"a.b": net()}, AttachError),
         ({"-": net()}, weightstore.errors.InvalidName),
         ({"net": torch.ones(1)}, AttachError),
+        (net(), AttachError),
     ):
         with pytest.raises(error):
             EngineHook.attach(store, model, modules)  # type: ignore[arg-type]
