@@ -357,13 +357,16 @@ def store() -> Iterator[Store]:
 
 
 @pytest.fixture
-def made(store: Store, monkeypatch: pytest.MonkeyPatch) -> plugin.Plugin:
+def made(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[plugin.Plugin]:
     monkeypatch.setattr(plugin, "_modules", lambda pipeline: pipeline.modules)
     monkeypatch.setattr(plugin, "_device", lambda: CPU)
     monkeypatch.setattr(plugin, "unhooked", lambda worker: [])
     monkeypatch.setattr(plugin, "_tensor_parallel", lambda: 1)
     monkeypatch.setattr(derived, "forget_conditioning", lambda: None)
-    return plugin.Plugin(Settings("m", "latest", store.socket))
+    made = plugin.Plugin(Settings("m", "latest", store.socket))
+    yield made
+    if made._opened is not None:  # a worker's stays until its process ends
+        made._opened.close()
 
 
 def start(made: plugin.Plugin, reference: Transformer, weights: Any, **arguments: str) -> Any:

@@ -212,11 +212,12 @@ def test_closing_ends_every_connection_and_thread(fake: FakeStore, watched: Watc
 
 
 def test_closing_while_away_ends_the_attempts(fake: FakeStore, watched: Watched) -> None:
+    before = set(threading.enumerate())
     watched.wanted = True
     watched.link.connect()
     fake.stop()
     watched.link.close()
-    assert not [t for t in threading.enumerate() if t.name == "weightstore-reconnect"]
+    assert not [t for t in set(threading.enumerate()) - before if t.name == "weightstore-reconnect"]
 
 
 def test_a_fork_is_told_to_connect_itself(fake: FakeStore, watched: Watched) -> None:
