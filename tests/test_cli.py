@@ -72,7 +72,7 @@ class Served:
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         """(exit code, stderr) after a signal."""
         self.process.send_signal(number)
-        _, errors = self.process.communicate(timeout=30)
+        self.last_words, errors = self.process.communicate(timeout=30)
         return self.process.returncode, errors
 
 
@@ -134,6 +134,7 @@ def test_version() -> None:
     [
         ["dance"],
         ["serve", "--capacity", "12 parsecs"],
+        ["serve", "--capacity", "96"],
         ["serve", "--arena", "a/b"],
         ["serve", "--grace", "-1"],
         ["serve", "--allow-uid", "root"],
@@ -175,9 +176,21 @@ def test_a_kept_arena_is_adopted_under_the_same_name(serve: Serve) -> None:
     first = serve("--arena", "weightstore-test-cli", "--keep")
     assert first.arena == "weightstore-test-cli"
     assert first.end()[0] == 0 and first.shm.exists()
+    assert first.last_words == (
+        "ended; arena weightstore-test-cli with 0 models is left: "
+        f"the next `weightstore serve --socket {first.socket}` adopts it\n"
+    )
     second = serve("--arena", "weightstore-test-cli")
     assert "adopted with 0 models" in second.banner
     assert second.end()[0] == 0 and not second.shm.exists()
+
+
+def test_a_capacity_that_cannot_be_had_is_told_at_once(serve: Serve) -> None:
+    served = serve("--capacity", "60TiB", "--window", "4MiB")
+    assert "60 TiB" in served.banner
+    code, errors = served.end()
+    assert code == 0
+    assert errors.count("\n") == 1 and "the capacity is 60 TiB, but " in errors and "doctor" in errors
 
 
 def test_until_eof_ends_the_store_with_its_parent(serve: Serve) -> None:
@@ -333,9 +346,15 @@ def test_an_adopted_store_says_so(serve: Serve, model_file: Path) -> None:
     works("load", "tiny", model_file, "--socket", first.socket)
     first.end(signal.SIGKILL)
     second = serve("--grace", "600")
-    assert "adopted with 1 models" in second.banner
+    assert "adopted with 1 model)" in second.banner
     assert "grace period after a restart: nothing is freed for" in works("status", "--socket", second.socket)
     assert works("verify", "--socket", second.socket).startswith("tiny version 1: 3 tensors")
+    works("rm", "tiny", "--socket", second.socket)
+    second.end(signal.SIGKILL)
+    third = serve()
+    assert "adopted with 0 models)" in third.banner
+    assert third.end() == (0, "")
+    assert "0 models is removed (--keep would leave it)" in third.last_words
 
 
 def test_verify_exits_with_1_and_names_what_is_corrupt(serve: Serve, model_file: Path) -> None:

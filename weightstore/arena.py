@@ -162,7 +162,8 @@ class Arena:
                 f"{format_size(nbytes)} ({nbytes} bytes) more do not fit in arena {self.name!r}: "
                 f"{format_size(start)} of its capacity of {format_size(self.capacity)} are committed, "
                 f"{format_size(left)} are left. Remove versions, or restart the store with a larger "
-                "--capacity (the arena grows when it is adopted)",
+                "--capacity: an arena that --keep leaves is adopted and grows (without --keep a store that "
+                "is stopped removes its arena: `weightstore save` first)",
                 requested=nbytes,
                 committed=start,
                 capacity=self.capacity,

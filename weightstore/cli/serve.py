@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -16,7 +17,11 @@ from weightstore.sizes import format_size
 if TYPE_CHECKING:
     from weightstore.store import Store
 
+_log = logging.getLogger("weightstore")
+
 LOG_LEVELS = ("debug", "info", "warning", "error")
+SMALLEST_CAPACITY: Final = 1 << 20
+"""Less is a unit that was forgotten."""
 
 
 @click.command("serve")
@@ -100,6 +105,10 @@ def serve_command(
     """
     from weightstore.service import ServiceConfig, run
 
+    if capacity is not None and capacity < SMALLEST_CAPACITY:
+        raise click.BadParameter(
+            f"{capacity} bytes hold no model; give the unit, as in '96GiB'", param_hint="'--capacity'"
+        )
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     path = socket_path(socket)
     config = ServiceConfig(
@@ -114,14 +123,47 @@ def serve_command(
         until_eof=until_eof,
     )
 
+    served: list[Store] = []
+
     def announce(store: Store) -> None:
-        found = f", adopted with {len(list(store.catalog.models))} models" if store.arena.adopted else ""
+        served.append(store)
+        found = f", adopted with {_models(store)}" if store.arena.adopted else ""
         click.echo(
             f"serving on {path} (arena {store.arena.name}, {format_size(store.arena.capacity)}{found}), "
             f"pid {os.getpid()}"
         )
+        if capacity is not None:
+            _warn_if_short(store, reserve)
 
     run(config, announce)
+    for store in served:
+        held = f"arena {store.arena.name} with {_models(store)}"
+        kept = f"{held} is left: the next `weightstore serve --socket {path}` adopts it"
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            click.echo(f"ended; {kept if keep else f'{held} is removed (--keep would leave it)'}")
+
+
+def _models(store: Store) -> str:
+    count = sum(1 for model in store.catalog.models if model.tags)
+    return f"{count} model{'s' * (count != 1)}"
+
+
+def _warn_if_short(store: Store, reserve: int) -> None:
+    """Say now what a refit would meet later."""
+    from weightstore.admission import Admission
+
+    limits = Admission(reserve).available()
+    arena = store.arena
+    if limits and limits[0].usable < arena.capacity - arena.committed:
+        tightest = limits[0]
+        _log.warning(
+            "the capacity is %s, but %s has room for %s more now; beyond that refits get ArenaFull "
+            "(`weightstore doctor --capacity %s` says what to do)",
+            format_size(arena.capacity),
+            tightest.source,
+            format_size(tightest.usable),
+            format_size(arena.capacity).replace(" ", ""),
+        )
 
 
 def _shared_memory_size() -> int:
