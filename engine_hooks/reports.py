@@ -2,12 +2,19 @@
 
 Bytes named freed, residual or mapped are measured with `DeviceBackend.memory_in_use` before and after;
 bytes named copied are what was handed to the copy engine. `merged` counts weights that an adapter was added
-to on the device. Seconds are wall-clock seconds.
+to on the device. Seconds are wall-clock seconds. ``str(report)`` is one short line, however many weights
+there are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
+
+from weightstore.sizes import format_size
+
+_SHOWN: Final = 5
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,13 @@ class AttachReport:
     restrided: tuple[str, ...]
     seconds: float
 
+    def __str__(self) -> str:
+        whence = "published as" if self.published else "attached to"
+        return (
+            f"{', '.join(self.components)} {whence} version {self.version} in {self.seconds:.3g} s: "
+            f"{format_size(self.copied_bytes)} copied, {format_size(self.state_bytes)} of engine state"
+        )
+
 
 @dataclass(frozen=True)
 class SleepReport:
@@ -41,6 +55,15 @@ class SleepReport:
     saved_bytes: int
     drain_seconds: float
     seconds: float
+
+    def __str__(self) -> str:
+        if not self.slept:
+            return f"{', '.join(self.already) or 'nothing'} slept already"
+        return (
+            f"{', '.join(self.slept)} asleep in {self.seconds:.3g} s: {format_size(self.freed_bytes)} freed, "
+            f"{format_size(self.residual_bytes)} still in use, {format_size(self.saved_bytes)} of engine "
+            "state saved"
+        )
 
 
 @dataclass(frozen=True)
@@ -60,6 +83,14 @@ class WakeReport:
     runs: int
     seconds: float
 
+    def __str__(self) -> str:
+        if not self.woken:
+            return f"{', '.join(self.already) or 'nothing'} awake already, on version {self.version}"
+        return (
+            f"{', '.join(self.woken)} awake on version {self.version} in {self.seconds:.3g} s: "
+            f"{format_size(self.copied_bytes)} copied, {_weights(self.changed)} may have changed"
+        )
+
 
 @dataclass(frozen=True)
 class RefitReport:
@@ -75,6 +106,16 @@ class RefitReport:
     runs: int
     drain_seconds: float
     seconds: float
+
+    def __str__(self) -> str:
+        if self.asleep:
+            return f"asleep; a wake brings version {self.version}"
+        if self.version == self.previous:
+            return f"on version {self.version} already"
+        return (
+            f"from version {self.previous} to {self.version} in {self.seconds:.3g} s: "
+            f"{_weights(self.changed)} changed, {format_size(self.copied_bytes)} copied"
+        )
 
 
 @dataclass(frozen=True)
@@ -96,3 +137,18 @@ class VerifyReport:
     @property
     def ok(self) -> bool:
         return not self.differing and not self.moved
+
+    def __str__(self) -> str:
+        seen = f"version {self.version}, {format_size(self.compared_bytes)} of {', '.join(self.components)}"
+        if self.ok:
+            return f"{seen}: equal, bit for bit"
+        differing = f"{_weights(self.differing)} differ{_few(self.differing)}"
+        return f"{seen}: {differing}; {len(self.moved)} moved{_few(self.moved)}"
+
+
+def _weights(names: Sequence[str]) -> str:
+    return f"{len(names)} weight{'' if len(names) == 1 else 's'}"
+
+
+def _few(names: Sequence[str]) -> str:
+    return f" ({', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''})" if names else ""

@@ -72,13 +72,16 @@ class Reasons:
         self.details.setdefault(kind, []).append(name)
 
     def raise_if_any(self, what: str) -> None:
+        count = len(self.lines)
         if self.lines:
-            shown = [f"  {line}" for line in self.lines[:_SHOWN]]
-            if len(self.lines) > _SHOWN:
-                shown.append(f"  … and {len(self.lines) - _SHOWN} more (all names in .details)")
-            raise AttachError(
-                f"{what}: {len(self.lines)} reasons, nothing was changed\n" + "\n".join(shown), **self.details
-            )
+            # A component that the store lacks says more than the tensors that another one lacks.
+            whole = tuple(f"{name} " for name in self.details.get("components", ()))
+            lines = sorted(self.lines, key=lambda line: not (whole and line.startswith(whole)))
+            shown = [f"  {line}" for line in lines[:_SHOWN]]
+            if count > _SHOWN:
+                shown.append(f"  … and {count - _SHOWN} more (all names in .details)")
+            reasons = "1 reason" if count == 1 else f"{count} reasons"
+            raise AttachError(f"{what}: {reasons}, nothing was changed\n" + "\n".join(shown), **self.details)
 
 
 def publishable(components: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:

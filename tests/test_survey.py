@@ -266,6 +266,16 @@ class TestRefusals:
         assert len(error.details["missing"]) == 79
         assert "and 59 more" in error.message
 
+    def test_a_component_that_the_store_lacks_is_told_first(self) -> None:
+        modules: dict[str, nn.Module] = {"a": nn.ModuleList([nn.Linear(1, 1) for _ in range(40)])}
+        paper = Paper(modules)
+        modules["a"] = nn.ModuleList()
+        modules["unet"] = nn.Linear(1, 1)
+        error = refusal(paper, modules)
+        assert len(error.details["unknown"]) == 80
+        assert "81 reasons, nothing was changed\n  unet is not a component" in error.message
+        assert ": 1 reason, nothing" in refusal(Paper(linear()), {"nett": linear()["net"]}).message
+
 
 class TestPublishable:
     def test_parameters_and_persistent_buffers_in_the_modules_order_with_ties(self) -> None:

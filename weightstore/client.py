@@ -315,6 +315,9 @@ class Store:
             self._leases.renew(connection)
         else:
             self._leases.lose_all(
-                LeaseLost(f"the store at {self.socket} came back with another arena; load its models again")
+                LeaseLost(
+                    f"the store at {self.socket} came back with another arena; load its models again, then "
+                    "open a new lease (an engine: close its hook and attach again)"
+                )
             )
         self._refits.settle(connection)
