@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import msgspec
 import pytest
 from fake_store import record
 
@@ -24,7 +25,7 @@ def moved(place: TensorRecord) -> TensorRecord:
 def ledger(components: list[str] | None = None, extend: bool = False, base: bool = True) -> Ledger:
     made = Ledger("refit of 'm'", BASE if base else {}, base, components, extend)
     if base:
-        made.places.update((name, moved(found)) for name, found in BASE.items())
+        made.place(moved(found) for found in BASE.values())
     return made
 
 
@@ -80,6 +81,15 @@ def test_a_tie_is_written_and_reported_once() -> None:
     assert made.writes() == [Write("e.a")]
     assert (made.tensors, made.nbytes) == (2, 12)
     assert refused(made.check, wants(TIED)) == {"duplicate": ["e.b"]}
+
+
+def test_a_new_name_may_be_tied_to_one_of_the_base() -> None:
+    made = ledger(extend=True)
+    place = made.places["t.b"]
+    made.place([msgspec.structs.replace(place, name="t.new")])
+    assert made.enter("t.b") and not made.enter("t.new")
+    assert made.writes() == [Write("t.b")] and made.tensors == 2
+    assert made.tie("t.new") == made.tie("t.b") != made.tie("t.w")
 
 
 def test_the_other_name_of_a_tie_may_follow_later() -> None:

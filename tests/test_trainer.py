@@ -443,6 +443,18 @@ def test_a_copy_that_fails_does_not_count_as_written(store: Store, monkeypatch: 
     assert refit.commit() == 2
 
 
+@pytest.mark.parametrize("how", [{"partial": True}, {"skip_unchanged": True}], ids=str)
+@pytest.mark.parametrize("value", [1.0, 2.0], ids=["unchanged", "changed"])
+def test_a_new_tensor_may_be_tied_to_one_of_the_base(
+    store: Store, how: dict[str, bool], value: float
+) -> None:
+    publish(store, {"t.old": torch.ones(6), "t.other": torch.zeros(3)})
+    shared = torch.full((6,), value)
+    with store.refit(MODEL(), extend=True, **how) as refit:  # type: ignore[arg-type]
+        refit.put_many({"t.old": shared, "t.new": shared, "t.other": torch.zeros(3)})
+    assert torch.equal(read(store, "t.old"), shared) and torch.equal(read(store, "t.new"), shared)
+
+
 MANY = {f"t.w{i}": torch.full((3,), float(i)) for i in range(2 * GROUP + 10)}
 
 

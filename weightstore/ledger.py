@@ -56,9 +56,12 @@ class Ledger:
         extend: bool,
         places: Iterable[TensorRecord] = (),
     ) -> None:
-        self.places = {record.name: record for record in places}
+        self.places: dict[str, TensorRecord] = {}
         self._what = what
         self._base = base
+        self._moved: dict[int, int] = {}
+        """Offsets of places of the base's tensors, and where the base has them."""
+        self.place(places)
         self._closed = has_base and not extend
         self._components = None if components is None else frozenset(components)
         self._items: dict[Hashable, Item] = {}
@@ -79,6 +82,14 @@ class Ledger:
         offsets = [record.offset for record in known.values() if record.nbytes]
         return len(set(offsets)) == len(offsets)
 
+    def place(self, records: Iterable[TensorRecord]) -> None:
+        """Here is where these tensors are to be written."""
+        for record in records:
+            self.places[record.name] = record
+            before = self._base.get(record.name)
+            if before is not None and record.nbytes:
+                self._moved[record.offset] = before.offset
+
     def expected(self, name: str) -> TensorRecord | None:
         """The dtype, shape and stride `name` has to have; None for a new name."""
         return self.places.get(name) or self._base.get(name)
@@ -86,7 +97,10 @@ class Ledger:
     def tie(self, name: str) -> Hashable:
         """What `name` shares with the names tied to it, and with no other."""
         record = self._base.get(name) or self.places.get(name)
-        return record.offset if record is not None and record.nbytes else name
+        if record is None or not record.nbytes:
+            return name
+        # A new name may be tied to one of the base's, in the place that has got.
+        return record.offset if name in self._base else self._moved.get(record.offset, record.offset)
 
     def first_name(self, name: str) -> str:
         """A name that is the same for `name` and those tied to it in the base, in every process."""

@@ -177,7 +177,7 @@ class Writing:
             with life.planning:
                 parts = self._checked(call)
                 sources = [source for source in call.sources if source.name not in kept]
-                self._find_places(self._specs(sources, call.parts))
+                self._find_places(self._specs(sources, call.parts, kept))
                 landing.enter_context(self._landing(entered))
                 first = []
                 for name in kept:
@@ -245,12 +245,17 @@ class Writing:
         expected = self.ledger.expected(given.name)
         return given.dtype if expected is None else expected.dtype
 
-    def _specs(self, sources: Sequence[Source], parts: Sequence[Part]) -> list[TensorSpec]:
+    def _specs(
+        self, sources: Sequence[Source], parts: Sequence[Part], kept: Sequence[str]
+    ) -> list[TensorSpec]:
         """What the store has to make room for, as far as there is none yet."""
         specs = []
         for source in sources:
             if source.name not in self.ledger.places:
-                specs.append(msgspec.structs.replace(source.spec(), dtype=self._dtype(source)))
+                spec = msgspec.structs.replace(source.spec(), dtype=self._dtype(source))
+                if spec.alias_of is not None and spec.alias_of in kept:  # which has no place to be shared
+                    spec = msgspec.structs.replace(spec, alias_of=None)
+                specs.append(spec)
         wholes = {part.name: self.ledger.expected(part.name) or part.whole for part in parts}
         for name, whole in wholes.items():
             if whole is not None:
@@ -338,7 +343,7 @@ class Writing:
             if [record.name for record in records] != [spec.name for spec in new]:
                 raise ProtocolError(f"the store reserved {len(records)} places for {len(new)} other tensors")
             self._check_places(records)
-            self.ledger.places.update((record.name, record) for record in records)
+            self.ledger.place(records)
 
     def _check_places(self, records: list[TensorRecord]) -> None:
         check_records(records)
