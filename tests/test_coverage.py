@@ -67,6 +67,20 @@ def test_scalars_may_be_written_as_boxes():
     assert problems([Write("s", Box((), ())), Write("s", Box((), ()))], scalar) == {"overlapping": ["s"]}
 
 
+def test_components_of_which_nothing_was_written_are_told_apart():
+    names = ("net.w", "net.b", "text.w", "vae.w", "vae.b")
+    targets = {name: record(name, (2,), i * 256) for i, name in enumerate(names)}
+    advice = "nothing of text, vae was written; if that is meant, declare components=['net']"
+    with pytest.raises(CoverageError) as caught:
+        check_coverage(targets, [Write("net.w"), Write("nope.w")], "refit")
+    assert advice in caught.value.message
+    assert caught.value.details["missing"] == ["net.b", "text.w", "vae.w", "vae.b"]
+    for writes in ([], [Write(f"{component}.w") for component in ("net", "text", "vae")]):
+        with pytest.raises(CoverageError) as caught:
+            check_coverage(targets, writes, "refit")
+        assert "declare" not in caught.value.message
+
+
 def test_many_names_are_counted_and_the_first_shown():
     with pytest.raises(CoverageError, match=r"20 missing \(t0, t1, .*…\)"):
         check_coverage({f"t{i}": record(f"t{i}", (1,), i * 256) for i in range(20)}, [], "refit")

@@ -11,7 +11,7 @@ from itertools import combinations
 from math import prod
 
 from weightstore.errors import CoverageError
-from weightstore.types import Box, TensorRecord
+from weightstore.types import Box, TensorRecord, component_of
 from weightstore.wire import Write
 
 _SHOWN = 8
@@ -42,6 +42,7 @@ def check_coverage(
     whole: dict[int | str, Write] = {}
     parted: dict[int | str, list[Write]] = {}
     """Written in parts, or more than once."""
+    writes = list(writes)
     for write in writes:
         record = (staying if write.kept else targets).get(write.name)
         if record is None:
@@ -76,16 +77,28 @@ def check_coverage(
             report("missing", name)
     if problems:
         names = {kind: list(found) for kind, found in problems.items()}
-        raise CoverageError(describe_problems(what, names), **names)
+        written = (write.name for write in writes if write.name in targets or write.name in staying)
+        advice = _whole_components(names.get("missing", ()), written)
+        raise CoverageError(describe_problems(what, names, advice), **names)
 
 
-def describe_problems(what: str, problems: Mapping[str, list[str]]) -> str:
-    """One sentence with every kind of problem, its count and its first names."""
+def describe_problems(what: str, problems: Mapping[str, list[str]], advice: str = "") -> str:
+    """One sentence with every kind of problem, its count and its first names, and what may mend it."""
     parts = []
     for kind, names in problems.items():
         shown = ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
         parts.append(f"{len(names)} {kind} ({shown})")
-    return f"{what}: {'; '.join(parts)}; nothing was changed"
+    return f"{what}: {'; '.join([*parts, *filter(None, [advice])])}; nothing was changed"
+
+
+def _whole_components(missing: Iterable[str], written: Iterable[str]) -> str:
+    """What to declare if somebody trains only the components that were written."""
+    some = {component_of(name) for name in written}
+    left = {component_of(name) for name in missing} - some
+    if not some or not left or len(some) > _SHOWN or len(left) > _SHOWN:
+        return ""
+    untouched = ", ".join(sorted(left))
+    return f"nothing of {untouched} was written; if that is meant, declare components={sorted(some)}"
 
 
 def _fits(box: Box, shape: tuple[int, ...]) -> bool:
