@@ -455,6 +455,21 @@ def test_a_new_tensor_may_be_tied_to_one_of_the_base(
     assert torch.equal(read(store, "t.old"), shared) and torch.equal(read(store, "t.new"), shared)
 
 
+def test_what_was_not_declared_is_called_so_by_every_way_of_writing(store: Store) -> None:
+    publish(store, {"t.w": torch.ones(6), "vae.w": torch.ones(6)})
+    refit = store.refit(MODEL(), components=["t"])
+    for write in (
+        lambda: refit.put("vae.w", torch.zeros(6)),
+        lambda: refit.put_part("vae.w", torch.zeros(2), (0,)),
+        lambda: refit.view("vae.w"),
+        lambda: refit.view("vae.w", torch.zeros(6)),
+    ):
+        with pytest.raises(CoverageError) as caught:
+            write()
+        assert caught.value.details == {"undeclared": ["vae.w"]}
+    refit.abort()
+
+
 MANY = {f"t.w{i}": torch.full((3,), float(i)) for i in range(2 * GROUP + 10)}
 
 

@@ -150,7 +150,7 @@ class Ledger:
     ) -> TensorRecord | None:
         """Enter what is wrong with a tensor of this name, dtype and shape; its expectation if nothing is."""
         expected = self.expected(name)
-        if not self._in_scope(name):
+        if not self.in_scope(name):
             problems.add("undeclared", name)
         elif expected is not None and expected.dtype == dtype and expected.shape == shape:
             return expected
@@ -179,14 +179,15 @@ class Ledger:
     ) -> None:
         """As `check`, of one part, in a call that writes the whole too (`whole_here`) or `boxes_here`, to
         which `box` is added if it may be written."""
+        if not self.in_scope(name):
+            problems.add("undeclared", name)
+            return
         stored = self.expected(name)
         if stored is None and (spec is None or self._closed):
             problems.add("unknown", name, "a tensor the base lacks must be reserved before its parts are put")
             return
         expected = stored or spec
         assert expected is not None
-        if not self._in_scope(name):
-            problems.add("undeclared", name)
         if spec is not None and spec.shape != expected.shape:
             self._judge(problems, name, dtype, spec.shape, cast)
             return
@@ -210,7 +211,7 @@ class Ledger:
         else:
             boxes_here.append(box)
 
-    def _in_scope(self, name: str) -> bool:
+    def in_scope(self, name: str) -> bool:
         return self._components is None or component_of(name) in self._components
 
     def without_place(self, specs: Iterable[TensorSpec]) -> list[TensorSpec]:

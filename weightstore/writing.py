@@ -297,7 +297,10 @@ class Writing:
             spec = TensorSpec(name, expected.dtype, expected.shape, expected.stride)
         else:
             problems = Problems(self._life.what)
-            problems.add("unknown", name, "give its dtype and shape, view(name, spec)")
+            if ledger.in_scope(name):
+                problems.add("unknown", name, "give its dtype and shape, view(name, spec)")
+            else:
+                problems.add("undeclared", name)
             raise problems.error()
         with self._life.planning:
             self._life.require_open()
