@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from hooked import Faulty
 from torch import nn
 
 from engine_hooks.hook import EngineHook
@@ -21,6 +22,7 @@ from engine_hooks.integrations import sglang_diffusion
 from engine_hooks.integrations.sglang_diffusion import derived, engine, loading, ownership, plugin, targets
 from engine_hooks.integrations.sglang_diffusion.names import Example, name_map
 from engine_hooks.integrations.sglang_diffusion.settings import Settings, settings
+from engine_hooks.lifecycle import State
 from weightstore import Store
 from weightstore.errors import AttachError, UsageError
 from weightstore.local import local_store
@@ -488,6 +490,8 @@ class Controller:
         self.asleep = True
 
     def resume_memory_occupation(self) -> None:
+        if self.fails:
+            raise RuntimeError("no memory")
         self.asleep = False
 
     def is_sleeping(self) -> bool:
@@ -659,6 +663,38 @@ def test_the_rest_sleeps_with_the_hook_or_neither_does(
         with pytest.raises(RuntimeError, match="no pinned memory"):
             both.release()
         assert not both.sleeping
+        both._others.fails = False
+        both.release()
+        both._others.fails = True
+        with pytest.raises(RuntimeError, match="no memory"):
+            both.resume()
+        assert both.sleeping and hook.state is State.ASLEEP and both._others.is_sleeping()
+        both._others.fails = False
+        with store.refit("m", in_place=True) as refit:
+            assert not both.resume()["success"]  # torn
+            assert both._others.is_sleeping()
+            refit.put_module(nn.Linear(2, 2), prefix="vae.")
+        both.resume()
+        assert not both.sleeping
+
+
+def test_the_rest_goes_to_sleep_with_a_broken_hook(
+    store: Store, made: plugin.Plugin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_controller", lambda worker, modules: Controller(modules))
+    held, rest, backend = nn.Linear(2, 2), nn.Linear(2, 2), Faulty()
+    worker = worker_of({"vae": held, "text_encoder": rest})
+    with EngineHook.attach(store, "m", {"vae": held}, backend=backend) as hook:
+        both = engine.Engine(worker, hook, {"text_encoder": rest})
+        with store.refit("m") as refit:
+            refit.put_module(nn.Linear(2, 2), prefix="vae.")
+        backend.fail["update"] = 1
+        assert not both.refit("weightstore:m", None)[0]
+        assert hook.state is State.BROKEN and both.sleeping
+        assert both.release()["success"]
+        assert hook.state is State.ASLEEP and both._others.is_sleeping()
+        both.resume()
+        assert not both.sleeping and hook.version == 2
 
 
 def test_a_worker_without_anything_of_the_stores_is_sglangs(made: plugin.Plugin) -> None:

@@ -51,6 +51,8 @@ class Engine:
     @property
     def sleeping(self) -> bool:
         """Whether generations must be refused; resuming ends it."""
+        if self._others is not None and self._others.is_sleeping():
+            return True
         return self.hook.state is not State.AWAKE or State.ASLEEP in self.hook.states.values()
 
     def release(self) -> dict[str, Any]:
@@ -62,23 +64,30 @@ class Engine:
                 "message": f"a LoRA is merged into {', '.join(merged)}, which a sleep would lose: unmerge it "
                 "first, or have the trainer put it into the store",
             }
-        was_awake = not self.sleeping
         body = _body(self.controls.release())
-        if was_awake and self.sleeping:
-            if self._others is not None:
-                try:
-                    self._others.release_memory_occupation()
-                except BaseException:
-                    self.hook.wake()
-                    raise
+        if not body["success"]:
+            return body
+        went = bool(body["components"])
+        if self._others is not None and not self._others.is_sleeping():
+            try:
+                self._others.release_memory_occupation()
+            except BaseException:
+                self.hook.wake()
+                raise
+            went = True
+        if went:
             self._give_cache_back()
         return body
 
     def resume(self) -> dict[str, Any]:
         """As SGLang's, on the newest version."""
         body = _body(self.controls.resume())
-        if self._others is not None and self._others.is_sleeping():
-            self._others.resume_memory_occupation()
+        if body["success"] and self._others is not None and self._others.is_sleeping():
+            try:
+                self._others.resume_memory_occupation()
+            except BaseException:
+                self.hook.sleep()
+                raise
             moved = [name for name, module in self._rest.items() if hasattr(module, "param_names_mapping")]
             if moved:
                 self._worker._drop_breakable_cuda_graphs(f"weights of {', '.join(moved)} moved by resume")
