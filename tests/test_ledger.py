@@ -60,6 +60,19 @@ def test_every_wrong_name_is_told_at_once() -> None:
     }
 
 
+@pytest.mark.parametrize("prefix", ["", "t"])
+@pytest.mark.parametrize("components", [None, ["t"]])
+def test_a_prefix_that_was_forgotten_is_named(prefix: str, components: list[str] | None) -> None:
+    wrong = [(f"{prefix}{name}", "float32", (1,)) for name in ("w", "b", "other")]
+    with pytest.raises(CoverageError) as caught:
+        ledger(components).check(wrong)
+    assert "; 2 would match with prefix='t.'; nothing was written" in caught.value.message
+    assert list(caught.value.details.values()) == [[name for name, _, _ in wrong]]
+    with pytest.raises(CoverageError) as caught:
+        ledger(components).check([("w.b", "float32", (1,))])
+    assert "prefix" not in caught.value.message
+
+
 def test_a_mismatch_shows_both_dtypes_and_shapes() -> None:
     with pytest.raises(CoverageError, match=r"t\.b: given float32 \[6\], stored bfloat16 \[6\]"):
         ledger().check([("t.b", "float32", (6,))])

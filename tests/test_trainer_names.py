@@ -652,6 +652,13 @@ def test_two_experts_go_through_one_map(store: ws.Store) -> None:
         with store.refit("wan", components=["transformer"], names=QKV) as refit:
             refit.put_many({f"transformer_2.{name}": tensor for name, tensor in given.items()})
     assert set(caught.value.details) == {"undeclared"}
+    assert "would match" not in caught.value.message
+    with pytest.raises(
+        CoverageError, match=r"; 6 would match with prefix='transformer\.'; nothing was"
+    ) as caught:
+        with store.refit("wan", components=["transformer"], names=QKV) as refit:
+            refit.put_many(given)
+    assert set(caught.value.details) == {"undeclared"}
 
 
 def test_ranks_of_a_shared_refit_may_each_put_what_some_rules_are_not_about(

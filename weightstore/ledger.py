@@ -12,7 +12,7 @@ Invariants:
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -143,7 +143,7 @@ class Ledger:
             self._judge_part(problems, name, dtype, box, spec, key in whole, here.setdefault(key, []), cast)
         for other in others:
             self._judge(problems, other.name, other.dtype, other.shape, cast)
-        problems.raise_any()
+        problems.raise_any(self.known)
 
     def _judge(
         self, problems: Problems, name: str, dtype: str, shape: tuple[int, ...], cast: Cast
@@ -300,15 +300,22 @@ class Problems:
         if note:
             self._notes[name] = note
 
-    def raise_any(self) -> None:
+    def raise_any(self, known: Collection[str] = ()) -> None:
+        """`known`: names that may have been meant."""
         if self._names:
-            raise self.error()
+            raise self.error(known)
 
-    def error(self) -> CoverageError:
-        kinds = "; ".join(
-            f"{len(names)} {kind} ({self._shown(names)})" for kind, names in self._names.items()
+    def error(self, known: Collection[str] = ()) -> CoverageError:
+        from weightstore.names.hints import prefix_advice
+
+        reasons = [f"{len(names)} {kind} ({self._shown(names)})" for kind, names in self._names.items()]
+        kinds = (self._names.get(kind, ()) for kind in ("unknown", "undeclared"))
+        astray = [name for names in kinds for name in names if name not in known]
+        if advice := prefix_advice(astray, known):
+            reasons.append(advice)
+        return CoverageError(
+            f"{self._what}: {'; '.join(reasons)}; nothing was written by this call", **self._names
         )
-        return CoverageError(f"{self._what}: {kinds}; nothing was written by this call", **self._names)
 
     def _shown(self, names: list[str]) -> str:
         shown = [f"{name}: {self._notes[name]}" if name in self._notes else name for name in names[:_SHOWN]]

@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import SequenceMatcher
+from itertools import islice
 from typing import Final
+
+from weightstore.types import component_of
 
 CUTOFF: Final = 0.7
 """Of difflib's ratio: below it a name is no likeness."""
 NUMBER: Final = re.compile(r"(?<![^.])\d+(?![^.])")
 """A segment that is a layer's number."""
 
+_LOOKED_AT: Final = 4
+"""Names of which a prefix is guessed."""
 _RANKED: Final = 8
 """Names that are compared letter by letter: those with the most words in common."""
 _WORD: Final = re.compile(r"[A-Za-z]+|\d+")
+
+
+def prefix_advice(astray: Collection[str], known: Collection[str]) -> str:
+    """The prefix with which most of the names `astray` would be `known` ones; empty if none does that."""
+    found: Counter[str] = Counter()
+    for one in islice(astray, _LOOKED_AT):
+        for prefix in {name.removesuffix(one) for name in known if name.endswith(f".{one}")}:
+            found[prefix] = sum(prefix + name in known for name in astray)
+    for component in {component_of(name) for name in known}:
+        # Somebody wrote prefix='transformer'.
+        rest = [name.removeprefix(component) for name in astray if name.startswith(component)]
+        found[f"{component}."] += sum(f"{component}.{name}" in known for name in rest)
+    prefix, count = found.most_common(1)[0] if found else ("", 0)
+    return f"{count} would match with prefix={prefix!r}" if count and 2 * count >= len(astray) else ""
 
 
 class Hints:

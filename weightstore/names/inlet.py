@@ -11,12 +11,13 @@ from typing import Any, Final
 
 from weightstore.errors import CoverageError
 from weightstore.names.given import describe
+from weightstore.names.hints import prefix_advice
 from weightstore.names.name_map import NameMap
 from weightstore.names.plan import hinted, unused_rules
 from weightstore.names.refusal import refusal
 from weightstore.names.resolve import resolve
 from weightstore.names.router import Router
-from weightstore.names.rows import PROBLEMS, Row, Stored
+from weightstore.names.rows import PROBLEMS, Kind, Row, Stored
 
 _HINT: Final = (
     "; names went through the map published with the model (store.names), give names=NameMap(strip=False) "
@@ -47,7 +48,10 @@ class Inlet:
         rows = resolve(self._router, [describe(name, value) for name, value in items], self._stored)
         if any(row.kind in PROBLEMS for row in rows):
             rows = hinted(rows, [], self._stored)
-            raise refusal(self._stored.what, rows, f"nothing was written by this call{self._hint}")
+            undeclared = [row.target for row in rows if row.kind is Kind.UNDECLARED and row.target]
+            astray = [name for name in undeclared if name not in self._stored.records]
+            more = list(filter(None, [prefix_advice(astray, self._stored.records)]))
+            raise refusal(self._stored.what, rows, f"nothing was written by this call{self._hint}", more)
         values = dict(items)
         routed = [
             (row.target, values[row.source], row)
