@@ -169,7 +169,8 @@ def make_backend(device: str | torch.device) -> DeviceBackend:
         import_module("cuda.bindings.driver")
     except ImportError as error:
         raise DependencyMissing(
-            f"device {str(device)!r} needs the CUDA bindings: pip install weightstore[cuda] ({error})"
+            f"device {str(device)!r} needs the CUDA bindings: pip install 'weightstore[cuda]', or for CUDA "
+            f"12 what `weightstore doctor` says; without a GPU use device='cpu' ({error})"
         ) from error
     if not torch.cuda.is_available():
         raise DeviceError(

@@ -14,8 +14,10 @@ Rules:
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 from torch import nn
@@ -66,6 +68,7 @@ class Reasons:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.details: dict[str, list[str]] = {}
+        self.advice: list[str] = []
 
     def add(self, kind: str, name: str, line: str) -> None:
         self.lines.append(f"{name} {line}")
@@ -80,6 +83,7 @@ class Reasons:
             shown = [f"  {line}" for line in lines[:_SHOWN]]
             if count > _SHOWN:
                 shown.append(f"  … and {count - _SHOWN} more (all names in .details)")
+            shown += self.advice
             reasons = "1 reason" if count == 1 else f"{count} reasons"
             raise AttachError(f"{what}: {reasons}, nothing was changed\n" + "\n".join(shown), **self.details)
 
@@ -194,6 +198,37 @@ def _suggest(version: Mapping[str, Records], found: list[Found], reasons: Reason
             if near:
                 index = next(i for i, line in enumerate(reasons.lines) if line.startswith(f"{name} "))
                 reasons.lines[index] += f"; close: {', '.join(near)}"
+    for component in version:
+        mine = [
+            [name for name in lacking.get(kind, ()) if component_of(name) == component]
+            for kind in ("unknown", "missing")
+        ]
+        if advice := _renaming(*mine):
+            reasons.advice.append(advice)
+
+
+def _renaming(stored: list[str], held: list[str]) -> str:
+    """The one change of prefix that makes most of these stored names the module's; empty if none does."""
+    if not stored or not held:
+        return ""
+    nearest = max(held, key=lambda name: len(_ending(name, stored[0])))
+    shared = _ending(nearest, stored[0])
+    before, after = stored[0].removesuffix(shared), nearest.removesuffix(shared)
+    known = set(held)
+    fitting = sum(name.startswith(before) and after + name.removeprefix(before) in known for name in stored)
+    if not shared or fitting < 2 or 2 * fitting < len(stored):
+        return ""
+    return (
+        f"{fitting} of these names differ by a prefix: load the model with the name map "
+        f"NameMap().rename({'^' + re.escape(before)!r}, {after!r}), or have an engine publish it"
+    )
+
+
+def _ending(one: str, other: str) -> str:
+    """The segments in which both names end."""
+    pairs = zip(reversed(one.split(".")), reversed(other.split(".")), strict=False)
+    same = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    return ".".join(reversed(same))
 
 
 def _place(group: Group, into: Survey, version: Mapping[str, Records], reasons: Reasons) -> None:

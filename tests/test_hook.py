@@ -971,7 +971,7 @@ def test_without_a_gpu_it_says_what_is_missing(
     store: Store, model: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
-    with pytest.raises(DependencyMissing, match=r"pip install weightstore\[cuda\]"):
+    with pytest.raises(DependencyMissing, match=r"pip install 'weightstore\[cuda\]'"):
         EngineHook.attach(store, model, {"net": net()}, device=device)
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", ModuleType("driver"))
     with pytest.raises(DeviceError, match="sees no GPU"):

@@ -11,6 +11,7 @@ from torch import nn
 from engine_hooks.plan import matcher
 from engine_hooks.survey import Survey, publishable, survey
 from weightstore.errors import AttachError
+from weightstore.names import NameMap
 from weightstore.types import ALIGN, TensorRecord
 
 
@@ -164,6 +165,26 @@ class TestRefusals:
             assert f"{name} is a parameter" in error.message
         assert "close: transformer.module.proj_out" in error.message
         assert error.message.count("close: ") >= 2
+
+    def test_a_prefix_that_a_checkpoint_has_is_named_with_the_map_that_takes_it_away(self) -> None:
+        modules = {"other": linear()["net"]} | tiny_models.build("text_encoder")
+        paper = Paper(modules)
+        names = [name for name in paper.records if name.startswith("text_encoder.")]
+        assert len(names) == 20
+        for name in names:
+            into = name.replace("text_encoder.", "text_encoder.text_model.", 1)
+            paper.records[into] = paper.records.pop(name)
+        message = refusal(paper, modules).message
+        advised = r"NameMap().rename('^text_encoder\\.text_model\\.', 'text_encoder.')"
+        # Two are tied, and one parameter of the module.
+        assert message.splitlines()[-1].startswith("19 of these names differ by a prefix")
+        assert advised in message
+        renamed = NameMap().rename(r"^text_encoder\.text_model\.", "text_encoder.")
+        assert repr(renamed.rules[0].pattern) in advised
+        for name in names[2:]:
+            into = name.replace("text_encoder.", "text_encoder.text_model.", 1)
+            paper.records[f"{into}.odd"] = paper.records.pop(into)
+        assert "NameMap" not in refusal(paper, modules).message
 
     def test_ignored_names_may_be_lacking_in_the_module(self) -> None:
         modules = linear()
