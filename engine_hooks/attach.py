@@ -199,14 +199,22 @@ def lease_or_publish(
     while True:
         try:
             return store.lease(model, tag=tag, follow=True), False
-        except UnknownModel:
+        except UnknownModel as error:
             publishable(modules)  # or says why not, before anything is opened
+            unknown = error
         try:
             with store.refit(model, tag=tag, names=AS_STORED) as refit:
                 if refit.base:
                     refit.abort("the model was published meanwhile")
                     continue
                 refit.put_many(publishable(modules))
+            if unknown.details.get("close"):
+                _log.warning(
+                    "%s This engine published a new model %r; if that was a slip: `weightstore rm %s`",
+                    unknown.message,
+                    model,
+                    model,
+                )
             return store.lease(model, tag=tag, follow=True), True
         except RefitConflict:
             left = deadline - time.monotonic()

@@ -913,6 +913,18 @@ def test_one_publishes_and_the_others_wait(store: Store, model: str, monkeypatch
     hooks[0].close()
 
 
+def test_a_model_with_almost_the_name_of_another_is_published_with_a_warning(
+    store: Store, model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = f"flux-of-{model}-dev"
+    with caplog.at_level("WARNING", "engine_hooks"):
+        EngineHook.attach(store, name, {"net": net()}).close()
+        assert not any(name in line for line in caplog.messages)
+        EngineHook.attach(store, f"{name}1", {"net": net()}).close()
+    said = [line for line in caplog.messages if f"weightstore rm {name}1" in line]
+    assert len(said) == 1 and f"did you mean '{name}'" in said[0]
+
+
 def test_if_the_publisher_gives_up_another_takes_over(
     store: Store, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,7 +165,8 @@ class Models:
             known = [m.name for m in self if m.versions]
             close = get_close_matches(name, known, n=3)
             hint = f"; did you mean {', '.join(map(repr, close))}?" if close else ""
-            raise UnknownModel(f"the store has no model {name!r}{hint}", model=name)
+            like = {"close": close} if close else {}
+            raise UnknownModel(f"the store has no model {name!r}{hint}", model=name, **like)
         return model
 
     def ensure(self, name: str) -> Model:
