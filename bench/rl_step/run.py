@@ -20,7 +20,7 @@ from bench.rl_step.ways import GIB, PHASES, WAYS, Marks, RelaunchCold, Way
 
 ANSWER: Final = 300.0
 """Seconds that any one answer may take."""
-GRACE: Final = 20.0
+GRACE: Final = 60.0
 """Seconds past the budget in which what was begun may end."""
 TAKE_MORE: Final = 2 * GIB
 """How much more than is free beside the awake engine the trainer needs."""
