@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from processes import eventually
 from safetensors.numpy import load_file, save_file
 
 import weightstore as ws
@@ -191,6 +192,22 @@ def test_a_capacity_that_cannot_be_had_is_told_at_once(serve: Serve) -> None:
     code, errors = served.end()
     assert code == 0
     assert errors.count("\n") == 1 and "the capacity is 60 TiB, but " in errors and "doctor" in errors
+
+
+def test_a_store_whose_output_nobody_reads_serves_all_the_same(tmp_path: Path) -> None:
+    socket = tmp_path / "store.sock"
+    command = [*COMMAND, "serve", "--socket", str(socket), "--capacity", "64MiB", "--window", "4MiB"]
+    read, write = os.pipe()
+    os.close(read)
+    process = subprocess.Popen(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    eventually(lambda: socket.exists() or process.poll() is not None, "it serves")
+    with ws.connect(socket) as store:
+        assert store.models() == []
+    process.terminate()
+    assert process.communicate(timeout=30)[1] == ""
+    assert process.returncode == 0
+    assert not Path("/dev/shm", paths.arena_name(str(socket))).exists()
 
 
 def test_until_eof_ends_the_store_with_its_parent(serve: Serve) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -128,7 +128,7 @@ def serve_command(
     def announce(store: Store) -> None:
         served.append(store)
         found = f", adopted with {_models(store)}" if store.arena.adopted else ""
-        click.echo(
+        _say(
             f"serving on {path} (arena {store.arena.name}, {format_size(store.arena.capacity)}{found}), "
             f"pid {os.getpid()}"
         )
@@ -139,8 +139,17 @@ def serve_command(
     for store in served:
         held = f"arena {store.arena.name} with {_models(store)}"
         kept = f"{held} is left: the next `weightstore serve --socket {path}` adopts it"
-        with contextlib.suppress(OSError):  # nobody reads it any more
-            click.echo(f"ended; {kept if keep else f'{held} is removed (--keep would leave it)'}")
+        _say(f"ended; {kept if keep else f'{held} is removed (--keep would leave it)'}")
+
+
+def _say(line: str) -> None:
+    """On stdout, which may be a pipe that nobody reads any more: no reason to end a store."""
+    try:
+        click.echo(line)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # what is buffered must not fail at the exit either
+        os.close(nowhere)
 
 
 def _models(store: Store) -> str:
