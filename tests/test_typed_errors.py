@@ -272,7 +272,8 @@ def test_missing_names(store: Store, service: Service) -> None:
     del tensors["t.b"], tensors["vae.w"]
     error = put(store, tensors)
     assert error.details["missing"] == ["t.b", "vae.w"]
-    assert "2 missing (t.b, vae.w); nothing was changed" in error.message
+    assert "2 missing (t.b, vae.w); nothing of vae was written" in error.message
+    assert "components=['t']" in error.message and "nothing was changed" in error.message
     # A lone writer may still complete it.
     with store.refit("m", tag="later") as refit:
         refit.put_many(tensors)
