@@ -24,7 +24,8 @@ GRACE: Final = 60.0
 """Seconds past the budget in which what was begun may end."""
 TAKE_MORE: Final = 2 * GIB
 """How much more than is free beside the awake engine the trainer needs."""
-TAKE_ON_CPU: Final = 32 << 20
+TAKE_LITTLE: Final = 32 << 20
+"""What it takes on a CPU, and where the engine's weights are too small to make room for anything."""
 
 
 class Run:
@@ -179,7 +180,8 @@ class Run:
         own = self._picture(way, 0)["seconds"]
         if self._take is None:
             free = way.trainer.do("facts").get("free")
-            self._take = TAKE_ON_CPU if free is None else free + TAKE_MORE
+            much = free is not None and found.all["model"]["whole_bytes"] > 2 * TAKE_MORE
+            self._take = free + TAKE_MORE if much else TAKE_LITTLE
             found.note("trainer_needs", self._take)
         found.way(key, setup=setup | {"first_image": first["seconds"], "own_image": own})
         found.way(key, awake=self.memory(way))
