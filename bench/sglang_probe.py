@@ -101,11 +101,6 @@ def _facts(original: Any, worker: Any) -> Any:
 
     facts: dict[str, Any] = {"pid": os.getpid(), "traced": dict(_traced)}
     facts["captured"] = BaseBreakableCudaGraphRunner.num_captures
-    facts["graphs"] = sum(
-        len(runner.entries)
-        for stage in worker.pipeline.stages
-        for runner in getattr(stage, "_bcg_runners", {}).values()
-    )
     facts["replays"] = _replays[0]
     facts["weak_ref_tensor"] = weak_references()
     if _failed_captures:
