@@ -153,7 +153,7 @@ def test_refits(store: ws.Store, tmp_path: Path) -> None:
         refit.put("transformer.norm.weight", torch.zeros(2))
         refit.put("transformer.scale", torch.zeros(2).half())
     namespace: dict[str, Any] = {"store": store, "weightstore": ws}
-    assert run(DOCS / "refits.md", namespace, tmp_path, json_as="") == 9
+    assert run(DOCS / "refits.md", namespace, tmp_path, json_as="") == 10
     shared = {"rank": 0, "world_size": 1}
     refitted = store.refit
 

@@ -27,6 +27,8 @@ from weightstore.trainer import Refit
 from weightstore.types import DEFAULT_TAG
 
 if TYPE_CHECKING:
+    import torch
+
     from weightstore.names import NameMap
 
 PATIENCE = 5.0
@@ -177,6 +179,46 @@ class Store:
                 cast,
                 lambda other: self.lease(model, other),
             )
+
+    def prepare(
+        self,
+        model: str,
+        tag: str = DEFAULT_TAG,
+        *,
+        components: Sequence[str] | None = None,
+        device: torch.device | str | None = None,
+    ) -> int:
+        """Have ready what the first refits of these components would otherwise wait for.
+
+        That is room in the arena for a second version of them, for which the host's memory is taken now; and
+        for a trainer with its tensors on a CUDA `device` the registering of both places with the driver, in
+        this process, by a thread in the background. Call it once, when the model has a version, in the
+        process that will put. Readers notice nothing. It is of no use to in-place refits.
+
+        Returns:
+            Bytes that a version of the components takes.
+
+        Raises:
+            UnknownModel: it has no version yet.
+            RefitConflict: a refit of the tag is open, which has its room.
+            ArenaFull: there is no room for a second version.
+            UsageError, CoverageError: components that do not exist, as in `refit`.
+        """
+        with self.refit(model, tag, components=components) as refit:
+            if not refit.base:
+                raise UnknownModel(f"model {model!r} has no version yet; prepare once it has", model=model)
+            places = refit.places
+            if device is not None:
+                from weightstore.cuda.uploads import uploads_into
+
+                names = {place.name for place in places}
+                with self.lease(model, tag, version=refit.base) as snapshot:
+                    now = [record for name, record in snapshot.records.items() if name in names]
+                ranges = [(record.offset, record.nbytes) for record in (*places, *now)]
+                uploads_into(refit.mapping).pin_ahead(device, ranges)
+            refit.abort("it was to make room for the next one")
+        extents = {(place.offset, place.nbytes) for place in places}
+        return sum(nbytes for _, nbytes in extents)
 
     @property
     def mapping(self) -> ArenaMapping:

@@ -211,6 +211,11 @@ class Refit:
         tensors that the base has are the base's."""
         return self._writing.reserve(specs)
 
+    @property
+    def places(self) -> list[TensorRecord]:
+        """Where tensors go that have a place already: all that is declared, and what was reserved or put."""
+        return list(self._writing.ledger.places.values())
+
     def plan(self, tensors: Any, prefix: str = "") -> Plan:
         """What would become of `tensors` if exactly they were put: a dry run, for which nothing is copied.
 

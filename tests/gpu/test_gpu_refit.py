@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from weightstore.client import Store
-from weightstore.cuda import upload
+from weightstore.cuda import driver, upload
 from weightstore.cuda.pinning import PinnedArena, Window
+from weightstore.cuda.uploads import uploads_into
 from weightstore.errors import CoverageError, DeviceError
 from weightstore.local import local_store
 from weightstore.tensors import same_bits
@@ -153,3 +154,25 @@ def test_without_bindings_torch_copies_and_says_so(
     assert [r.message for r in caplog.records if "copied by torch" in r.message] == [
         "tensors on cuda:0 are copied by torch, slower than the link: no bindings"
     ]
+
+
+def test_prepare_pins_both_places_ahead() -> None:
+    def made(value: float) -> dict[str, torch.Tensor]:
+        return {f"t.w{i}": torch.full((20 * MIB,), value, device="cuda") for i in range(3)}
+
+    with local_store("1GiB", window="64MiB") as store:
+        with store.refit("m") as refit:
+            refit.put_many({name: tensor.cpu() for name, tensor in made(1.0).items()})
+        store.prepare("m", components=["t"], device="cuda")
+        with store.refit("m", components=["t"]) as refit:
+            arena = PinnedArena.share(refit.mapping, driver.device(0))
+            uploads_into(refit.mapping)._uploaders[torch.device("cuda", 0)]._arena.settle()  # type: ignore[union-attr]
+            pinned = arena.pinned_bytes
+            assert pinned >= 480 * MIB
+            refit.put_many(made(2.0))
+        with store.refit("m", components=["t"]) as refit:
+            refit.put_many(made(3.0))
+        assert arena.pinned_bytes == pinned
+        arena.close()
+        with store.lease("m") as snapshot:
+            assert all(bool((snapshot[name] == 3).all()) for name in made(0.0))

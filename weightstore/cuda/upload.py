@@ -125,6 +125,10 @@ class Uploader:
         """Why copies went through a bounce buffer, or None."""
         return self._copier.staged_reason
 
+    def pin_ahead(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Pin the windows of (offset, nbytes) ranges of the arena in the background."""
+        self._arena.pin_ahead(ranges)
+
     def put(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Enqueue `place.copy_(source)` for each (place, source): a view of the mapping and a tensor on this
         device, of equal shapes.
