@@ -124,8 +124,7 @@ class Engine:
     def _give_cache_back(self) -> None:
         """Activations of past generations lie in torch's allocator; SGLang's release gives them back too.
 
-        What cycles hold is looked for thoroughly only if more is in use than after an earlier sleep: that
-        takes half a second.
+        What cycles hold is looked for thoroughly only if more is in use than after an earlier sleep.
         """
         gc.collect(1)
         if torch.cuda.is_available():
