@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from engine_hooks.adapters import Adapters, readapted_slots
 from engine_hooks.plan import Layout, Records, Slot, by_component, changed_slots, misfits
-from weightstore.errors import AttachError, LeaseLost, StoreGone, StoreTimeout, WeightstoreError
+from weightstore.errors import AttachError, LeaseLost, StoreGone, StoreSilent, StoreTimeout, WeightstoreError
 from weightstore.lora.stored import adapters_in
 from weightstore.mapping import ArenaMapping
 from weightstore.records import end_of
@@ -120,13 +120,25 @@ class Following:
         """One round trip, so that an offer which the store has already made is known here."""
         try:
             self._store.wait_for(self.model, self.tag, after=self._lease.version, timeout=0)
-        except StoreTimeout:
-            pass  # there is none
-        except StoreGone as error:
+        except (StoreGone, StoreSilent) as error:
             _log.warning(
                 "staying on version %d, since nobody can say whether there is another: %s",
                 self.held.version,
                 error,
+            )
+        except StoreTimeout:
+            pass  # there is none
+
+    def require_still(self, held: Held) -> None:
+        """After copying from it: raise LeaseLost if the lease has moved on meanwhile, as one does whose store
+        hung when it was unparked and goes on later. The bytes may then have been given to others."""
+        version = self._lease.version
+        if version != held.version:
+            raise LeaseLost(
+                f"the store, which had not answered, let go of version {held.version} while that was being "
+                f"copied, and has version {version}; call wake() again",
+                held=held.version,
+                version=version,
             )
 
     def require_usable(self) -> None:

@@ -228,7 +228,9 @@ class EngineHook:
                 held = self._following.unpark() if parked else self._following.current()
                 try:
                     before = self.backend.memory_in_use()
-                    runs, merged, restored = self._components.fill(todo, held, self._following.mapping)
+                    runs, merged, restored = self._components.fill(
+                        todo, held, self._following.mapping, lambda: self._following.require_still(held)
+                    )
                 except BaseException:
                     if parked:
                         self._following.park()

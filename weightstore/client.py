@@ -40,7 +40,8 @@ def connect(path: str | os.PathLike[str] | None = None, timeout: float = PATIENC
 
     Args:
         path: the store's Unix socket.
-        timeout: seconds the store has to answer. Where nobody listens, this fails at once.
+        timeout: seconds the store has to answer, now and later to what it answers at once. Where nobody
+            listens, this fails at once.
 
     Raises:
         StoreGone: no store there.
@@ -253,12 +254,12 @@ class Store:
         asks, on the main connection: offers that the store made before are known here afterwards.
 
         Raises:
-            StoreTimeout: not within `timeout` seconds.
+            StoreTimeout: not within `timeout` seconds; StoreSilent: the store did not even say so.
         """
         request = wire.WaitFor(id=0, model=model, tag=tag, after=after, timeout=timeout)
         if timeout == 0:
-            return self.link.connect().request(request, wire.VersionIs, timeout=PATIENCE).version
-        late = None if timeout is None else timeout + PATIENCE
+            return self.link.connect().request(request, wire.VersionIs, timeout=self.link.patience).version
+        late = None if timeout is None else timeout + self.link.patience
         with self.link.separate() as connection:
             return connection.request(request, wire.VersionIs, timeout=late).version
 

@@ -36,7 +36,7 @@ from weightstore.errors import (
     AccessDenied,
     ProtocolError,
     StoreGone,
-    StoreTimeout,
+    StoreSilent,
     UsageError,
     WeightstoreError,
     from_wire,
@@ -152,7 +152,7 @@ class Connection:
         Raises:
             WeightstoreError: what the store answered, as the class it raised.
             StoreGone: the connection ended before the reply; whether the request took effect is unknown.
-            StoreTimeout: no reply within `timeout` seconds.
+            StoreSilent: no reply within `timeout` seconds.
             ProtocolError: a reply of another kind.
             UsageError: called on the I/O thread, or in a forked child.
         """
@@ -218,8 +218,9 @@ class Connection:
         call = Call(expect, on_reply, None, undo, posted=False)
         self._send(message, call)
         if not call.wait(timeout):
-            raise StoreTimeout(
-                f"the store at {self.peer} did not answer {type(message).__name__} within {timeout:g} s",
+            raise StoreSilent(
+                f"the store at {self.peer} did not answer {type(message).__name__} within {timeout:g} s; "
+                "it is stopped or overloaded",
                 socket=self.peer,
                 timeout=timeout,
             )

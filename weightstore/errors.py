@@ -158,6 +158,10 @@ class StoreTimeout(CircumstanceError):
     """The awaited event did not happen in time; nothing changed."""
 
 
+class StoreSilent(StoreTimeout):
+    """The store is connected and did not answer a request in time. Whether that takes effect is unknown."""
+
+
 class AccessDenied(CircumstanceError):
     """The store refused this peer's user id."""
 

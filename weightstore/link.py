@@ -23,7 +23,7 @@ from typing import Final
 
 from weightstore import wire
 from weightstore.connection import Connection, on_io_thread
-from weightstore.errors import StoreGone, StoreTimeout, UsageError, WeightstoreError
+from weightstore.errors import StoreGone, StoreSilent, UsageError, WeightstoreError
 from weightstore.mapping import ArenaMapping
 
 FIRST_RETRY: Final = 0.05
@@ -37,7 +37,8 @@ class Link:
 
     Args:
         path: the store's socket.
-        timeout: seconds a store has to accept and to answer the greeting.
+        timeout: seconds a store has to accept and to answer the greeting (and, for whoever asks `patience`,
+            other things that a store answers at once).
         on_offer: as in `Connection`.
         greet: called with a new connection, and whether the arena is the one known before, before the
             connection is used for anything else; may raise, and then there is no connection.
@@ -54,7 +55,7 @@ class Link:
     ) -> None:
         self.path = path
         self.instance = secrets.token_hex(8)
-        self._timeout = timeout
+        self.patience = timeout
         self._on_offer = on_offer
         self._greet = greet
         self._wanted = wanted
@@ -204,13 +205,13 @@ class Link:
         on_lost: Callable[[Connection, WeightstoreError], None],
         instance: str,
     ) -> tuple[Connection, wire.Welcome, int]:
-        connection = Connection.open(self.path, self._timeout, on_offer, on_lost)
+        connection = Connection.open(self.path, self.patience, on_offer, on_lost)
         hello = wire.Hello(id=0, protocol=wire.PROTOCOL, client=client_name(), instance=instance)
         try:
-            welcome, fd = connection.request_fd(hello, wire.Welcome, timeout=self._timeout)
-        except StoreTimeout as error:
+            welcome, fd = connection.request_fd(hello, wire.Welcome, timeout=self.patience)
+        except StoreSilent as error:
             connection.close()
-            raise StoreGone(f"{error.message}; it is stopped or overloaded", **error.details) from None
+            raise StoreGone(error.message, **error.details) from None
         except BaseException:
             connection.close()
             raise

@@ -33,6 +33,7 @@ from weightstore.errors import (
     LeaseLost,
     ProtocolError,
     StoreGone,
+    StoreSilent,
     TagTorn,
     UsageError,
     WeightstoreError,
@@ -203,7 +204,8 @@ class Lease:
 
     def park(self) -> None:
         """Promise to read no bytes until `unpark`. From now on offers are taken at once, and an in-place
-        refit may overwrite the version. Works while the store is away (it is told when it returns).
+        refit may overwrite the version. Works while the store is away (it is told when it returns), or does
+        not answer in the time that `connect` was given.
 
         Raises:
             UsageError: the lease follows no tag.
@@ -212,8 +214,9 @@ class Lease:
         self._park_or_unpark(parked=True)
 
     def unpark(self) -> None:
-        """Read again, from the newest version; one round trip. With the store away: from the newest it
-        told of, which cannot have changed since.
+        """Read again, from the newest version; one round trip. With the store away, or stopped: from the
+        newest it told of, which cannot have changed since. A stopped store that goes on later may move the
+        lease on from that then: who copies without locks looks at `version` again afterwards.
 
         Raises:
             TagTorn: an in-place refit overwrote the bytes and has not committed; still parked.
@@ -237,7 +240,9 @@ class Lease:
             connection.post(message, wire.Done)
             return
         try:
-            connection.request(message, wire.Done)
+            connection.request(message, wire.Done, timeout=self._link.patience)
+        except StoreSilent:
+            pass  # it hangs, and will find the message when it goes on
         except StoreGone:
             pass  # the hold ended with the connection
         except LeaseLost:
@@ -276,8 +281,14 @@ class Lease:
                 connection.request(
                     wire.ParkLease(id=0, lease=held_by[1], parked=parked),
                     wire.LeaseState,
+                    timeout=self._link.patience,
                     on_reply=partial(self._parking_answered, connection, parked),
                 )
+            except StoreSilent as error:
+                # It is connected and hangs: what it has promised still holds, and what it answers once it
+                # goes on is heeded then.
+                _log.warning("going on without the store: %s", error)
+                self._park_alone(parked)
             except (CircumstanceError, ProtocolError):
                 # Decided while no connection can be made, so that a renewal tells the store what holds.
                 if not self._link.while_down(lambda: self._park_alone(parked)):
@@ -357,7 +368,9 @@ class Lease:
             connection.post(message, wire.Done, on_failed=self.lose)
             return
         try:
-            connection.request(message, wire.Done)
+            connection.request(message, wire.Done, timeout=self._link.patience)
+        except StoreSilent as error:
+            _log.warning("going on without the store: %s", error)  # it has the message
         except StoreGone:
             pass  # a renewal will name the version held now
         except LeaseLost as error:
