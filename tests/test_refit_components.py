@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from bench import manifests
+from weightstore.errors import UnknownModel
 from weightstore.local import local_store
 from weightstore.tensors import DTYPES
 
@@ -33,3 +35,15 @@ def test_both_experts_of_wan_move_and_nothing_else_does() -> None:
             moved = {name for name in before if after[name] != before[name]}
             assert moved == trained.keys()
             assert all(torch.equal(second[name], trained.get(name, tensors[name])) for name in tensors)
+
+
+def test_components_of_a_mistyped_model_are_refused() -> None:
+    with local_store("16MiB", window="1MiB") as store:
+        with store.refit("flux1-dev") as refit:
+            refit.put("transformer.w", torch.ones(4))
+        with pytest.raises(UnknownModel, match=r"no model 'flux1_dev'; did you mean 'flux1-dev'.*fresh=True"):
+            store.refit("flux1_dev", components=["transformer"])
+        assert store.models() == ["flux1-dev"] and not store.status().refits
+        with store.refit("lora-only", components=["lora"], fresh=True) as refit:
+            refit.put("lora.w", torch.ones(4))
+        assert store.tags("lora-only") == {"latest": 1}

@@ -146,6 +146,7 @@ class Store:
 
         Raises:
             RefitConflict: a refit of this model and tag is open.
+            UnknownModel: components of a model that has no version (and the refit is not fresh).
             CoverageError, UnknownTag, UnknownVersion, UsageError: a declaration that cannot be met.
             VersionInUse: in place, and somebody reads or names those bytes.
             TagTorn: would inherit half-written bytes.

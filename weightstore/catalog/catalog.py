@@ -22,7 +22,14 @@ from weightstore.catalog.refits import (
 from weightstore.catalog.space import Space, Usage
 from weightstore.catalog.versions import Models, Version, VersionState
 from weightstore.catalog.writers import Peer, Writer
-from weightstore.errors import RefitAborted, RefitClosed, RefitConflict, UsageError, VersionInUse
+from weightstore.errors import (
+    RefitAborted,
+    RefitClosed,
+    RefitConflict,
+    UnknownModel,
+    UsageError,
+    VersionInUse,
+)
 from weightstore.types import TensorRecord, TensorSpec, check_name, check_spec
 from weightstore.wire import OpenRefit, Write, encode_records
 
@@ -61,6 +68,17 @@ class Catalog:
 
     # -- refits ------------------------------------------------------------------------------------
 
+    def _refuse_parts_of_nothing(self, name: str) -> None:
+        """Far likelier a mistyped name than a model's beginning."""
+        try:
+            self.models.get(name)
+        except UnknownModel as error:
+            raise UnknownModel(
+                f"{error.message}; a new model is begun with all of its components (without components=), or "
+                "with fresh=True",
+                **error.details,
+            ) from None
+
     def open_refit(self, request: OpenRefit, peer: Peer, now: float) -> Refit:
         """Begin a refit, or join the one with the same key.
 
@@ -77,8 +95,11 @@ class Catalog:
                 return self._join(other, request, peer)
         model = self.models.find(request.model)
         base = None if request.fresh or model is None else model.base_for(request.tag, request.base)
-        if base is None and request.base is not None and not request.fresh:
-            self.models.get(request.model)
+        if base is None and not request.fresh:
+            if request.base is not None:
+                self.models.get(request.model)
+            elif request.components:
+                self._refuse_parts_of_nothing(request.model)
         check_declaration(request, model, base)
         refit = Refit(self._number(), request.model, request.tag, base, request, now)
         refit.names = model.names if model is not None else None
