@@ -25,7 +25,7 @@ from processes import MIB, PATIENCE, ROOT, Raw, Service, contents, eventually, p
 
 from weightstore import wire
 from weightstore.errors import ArenaFull, ProtocolError, StoreGone, WeightstoreError
-from weightstore.paths import arena_name
+from weightstore.paths import arena_name, pin_lock
 from weightstore.types import Box, TensorSpec
 from weightstore.wire import Write
 
@@ -607,6 +607,17 @@ def test_a_writer_of_another_pid_namespace_does_not_keep_the_store_from_starting
             store.reserve(refit.number, stranger, specs({"t.w": 1000}))
         service.start()
         assert service.status().arena.quarantined == 1024
+
+
+@pytest.mark.parametrize("options", [(), ("--keep",)])
+def test_the_lock_file_of_its_arena_goes_with_the_arena(tmp_path: Path, options: tuple[str, ...]) -> None:
+    with Service(tmp_path, *options) as service, service.connect() as store:
+        lock = Path(pin_lock(store.mapping.uuid))
+        lock.parent.mkdir(mode=0o700, exist_ok=True)
+        lock.touch()
+        service.end(signal.SIGTERM)
+        assert lock.exists() == service.shm.exists() == bool(options)
+    lock.unlink(missing_ok=True)
 
 
 # -- what it is made of ----------------------------------------------------------------------------

@@ -55,6 +55,11 @@ def default_socket(environment: Mapping[str, str] = os.environ) -> str:
     return os.path.join(directory, SOCKET_NAME)
 
 
+def pin_lock(arena: str) -> str:
+    """The file by which processes of one user take turns in registering the arena of this uuid."""
+    return os.path.join(os.path.dirname(default_socket()), f"pin-{arena}.lock")
+
+
 def arena_name(socket: str) -> str:
     """Name of the shared memory object of the store on `socket`: ``weightstore-<uid>-<12 hex>``."""
     digest = blake2b(os.fsencode(os.path.realpath(socket)), digest_size=6).hexdigest()

@@ -47,6 +47,7 @@ from weightstore.errors import (
 )
 from weightstore.layout import MIB
 from weightstore.listener import listening
+from weightstore.paths import pin_lock
 from weightstore.peers import Exits, peer_credentials, peer_pidfd, reopen_pidfd, start_ticks
 from weightstore.requests import Requests
 from weightstore.session import Budget, Session
@@ -133,6 +134,8 @@ async def _serve(config: ServiceConfig, ready: Callable[[Store], None]) -> None:
         await Service(config, store, clock).serve(listener, ready)
         if not config.keep:
             arena.unlink()
+            with contextlib.suppress(OSError):  # none was pinned, or another user's
+                os.unlink(pin_lock(arena.uuid))
 
 
 class Clock:

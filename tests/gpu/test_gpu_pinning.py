@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from gpu_segment import WINDOW, Segment, open_segment
 
 from weightstore.cuda import driver
 from weightstore.cuda.copies import Copier
-from weightstore.cuda.pinning import PinnedArena, lock_path
+from weightstore.cuda.pinning import PinnedArena
 from weightstore.errors import DeviceError
 from weightstore.layout import DATA_OFFSET
+from weightstore.paths import pin_lock
 
 
 def is_registered(address: int) -> bool:
@@ -179,4 +181,4 @@ def test_processes_pin_the_same_arena_at_once_and_a_killed_one_leaves_nothing(
             child.kill()
             child.communicate()
         os.close(fd)
-        lock_path(segment.arena.uuid).unlink(missing_ok=True)
+        Path(pin_lock(segment.arena.uuid)).unlink(missing_ok=True)

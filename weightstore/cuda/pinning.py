@@ -30,13 +30,12 @@ import logging
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
 from weightstore.cuda.driver import Device, api, call
 from weightstore.errors import DeviceError, UsageError
 from weightstore.layout import DATA_OFFSET, read_committed, unpack_header
-from weightstore.paths import default_socket, private_directory
+from weightstore.paths import pin_lock, private_directory
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +139,7 @@ class _Registrations:
         address = pages.address + window.start
         # Advice only: without it the driver faults the pages in itself, slower, or reports why it cannot.
         _libc.madvise(address, window.nbytes, MADV_POPULATE_WRITE if pages.writable else MADV_POPULATE_READ)
-        with _file_lock(lock_path(self.uuid)), device.current():
+        with _file_lock(pin_lock(self.uuid)), device.current():
             try:
                 call("cuMemHostRegister", address, window.nbytes, flags)
             except DeviceError as error:
@@ -363,16 +362,11 @@ class PinnedArena:
                 return
 
 
-def lock_path(uuid: str) -> Path:
-    """The file that keeps processes of one user from registering the arena `uuid` at the same time."""
-    return Path(default_socket()).parent / f"pin-{uuid}.lock"
-
-
 @contextlib.contextmanager
-def _file_lock(path: Path) -> Iterator[None]:
+def _file_lock(path: str) -> Iterator[None]:
     """Hold an exclusive flock on `path` for the block; a file that cannot be opened is no lock."""
     try:
-        private_directory(str(path.parent))
+        private_directory(os.path.dirname(path))
         fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except (OSError, UsageError) as error:
         # Registering without the lock works unless two processes collide, which the driver reports.
