@@ -6,7 +6,10 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
+import sys
+from collections.abc import Collection
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -125,6 +128,22 @@ def cpu_name() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
+
+
+def command_line(name: str, paths: Collection[Path]) -> str:
+    """`python -m bench NAME` as it was asked for; of `paths` only what says nothing of this machine."""
+    words = []
+    for word in sys.argv[2:]:
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        words.append(f"{option}{equals}{_shown(Path(value))}" if Path(value) in paths else word)
+    return shlex.join(["python", "-m", "bench", name, *words])
+
+
+def _shown(path: Path) -> Path:
+    """Relative to the repository if it is in there, else its name."""
+    if path.is_absolute() and path.is_relative_to(ROOT):
+        return path.relative_to(ROOT)
+    return Path(path.name) if path.is_absolute() or ".." in path.parts else path
 
 
 def slug(name: str) -> str:

@@ -16,8 +16,6 @@ after every step.
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Any, Final
 import click
 
 from bench import sglang_step
+from bench.record import command_line
 from bench.rl_step.memory import Sampler
 from bench.rl_step.sharing import service_of
 from bench.sglang_graphs import graphs
@@ -268,7 +267,7 @@ def sglang_command(only: str, **given: Any) -> None:
         raise click.BadParameter("step is measured in the engines of stock and plugin: add one or both")
     settings = {k: str(v) for k, v in given.items() if k not in ("model_dir", "out")}
     found = Found(options.out, settings | {"parts": PARTS})
-    found.all["command"] = _command(options)
+    found.all["command"] = command_line("sglang", (options.model_dir, options.out))
     found.all["model"] = sglang_step.sizes(options.model_dir)
     with ExitStack() as held:
         store = held.enter_context(local_store(options.capacity, window=options.window))
@@ -302,10 +301,3 @@ def sglang_command(only: str, **given: Any) -> None:
     found.complete()
     if found.wrong:
         raise click.ClickException(f"{len(found.wrong)} wrong: {'; '.join(found.wrong)[:2000]}")
-
-
-def _command(options: Options) -> str:
-    """What was asked for, with names for this machine's paths."""
-    paths = {str(options.model_dir), str(options.out)}
-    words = [Path(word).name if word in paths else word for word in sys.argv[2:]]
-    return "python -m bench sglang " + shlex.join(words)
