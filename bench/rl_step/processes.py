@@ -154,8 +154,8 @@ class Engine(Child):
         self.port = found.pop("port")
         return {"imports": imports, **found}
 
-    def post(self, path: str) -> dict[str, Any]:
-        _, body = self._request("POST", path)
+    def post(self, path: str, message: dict[str, Any] | None = None) -> dict[str, Any]:
+        _, body = self._request("POST", path, message)
         found: dict[str, Any] = json.loads(body)
         return found
 
@@ -167,10 +167,13 @@ class Engine(Child):
         """What it says of the picture, by header, and the pixels."""
         return self._request("POST", "/generate")
 
-    def _request(self, method: str, path: str) -> tuple[dict[str, str], bytes]:
+    def _request(
+        self, method: str, path: str, message: dict[str, Any] | None = None
+    ) -> tuple[dict[str, str], bytes]:
+        sent = None if message is None else json.dumps(message).encode()
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=max(self.remaining(), 1.0))
         try:
-            connection.request(method, path)
+            connection.request(method, path, sent)
             answer = connection.getresponse()
             body = answer.read()
         except (OSError, http.client.HTTPException) as error:

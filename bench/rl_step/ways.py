@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -167,9 +168,57 @@ class SleepRefitWake(_Stored):
             raise WayFailed(f"the engine did not sleep: {answer['message']}")
 
     def wake(self) -> None:
-        answer = self.engine.post("/resume_memory_occupation")
+        self._require_written("woke", self.engine.post("/resume_memory_occupation"))
+
+    def _require_written(self, did: str, answer: dict[str, Any]) -> None:
         if answer.get("version") != self.version:
-            raise WayFailed(f"the engine woke on {answer}, and the trainer wrote version {self.version}")
+            raise WayFailed(f"the engine {did} on {answer}, and the trainer wrote version {self.version}")
+
+
+class FrozenBeside(SleepRefitWake):
+    """As way 1, with what needs no refit out of the way of what does.
+
+    A refit copies from the device to the host, a wake from the host to the device, and the link does both at
+    once. Frozen components are the same in every version: they can wake while the trainer still writes, on
+    whichever is the newest by then. The trained part sleeps on. When the new version is there, an update
+    moves the engine's lease to it without a copy, for nothing that is awake has changed; the trained part
+    takes it at its wake, which is all that is left to do.
+    """
+
+    key = "1s"
+    title = "weightstore: the frozen parts wake during the refit"
+    what = (
+        "as before, but the frozen parts, which a refit does not change, wake while the trainer writes, "
+        "since the link copies in both directions at once; then the trained part wakes on what was written"
+    )
+
+    def begin(self) -> dict[str, Any]:
+        from bench.rl_step.models import MODELS, TRAINED, frozen
+
+        self._frozen = list(frozen(MODELS[self.bench.model]))
+        self._trained = TRAINED
+        return super().begin()
+
+    def refit(self) -> None:
+        with ThreadPoolExecutor(1) as beside:
+            waking = beside.submit(self.engine.post, "/resume_memory_occupation", {"tags": self._frozen})
+            super().refit()
+            woken = waking.result()
+        self._require_woken(self._frozen, woken)
+        self.notes.setdefault("frozen_wake_seconds", []).append(woken["seconds"])
+
+    def wake(self) -> None:
+        moved = self.engine.post("/update_weights_from_store")
+        self._require_written("was updated", moved)
+        if moved["copied_bytes"]:
+            raise WayFailed(f"what was awake is frozen, and the update copied {moved['copied_bytes']} bytes")
+        woken = self.engine.post("/resume_memory_occupation")
+        self._require_written("woke", woken)
+        self._require_woken([self._trained], woken)
+
+    def _require_woken(self, expected: Collection[str], answer: dict[str, Any]) -> None:
+        if set(answer["components"]) != set(expected):
+            raise WayFailed(f"{', '.join(expected)} were to wake, and the engine says {answer}")
 
 
 class _Relaunched(Way):
@@ -303,6 +352,7 @@ WAYS: Final[dict[str, type[Way]]] = {
     way.key: way
     for way in (
         SleepRefitWake,
+        FrozenBeside,
         RelaunchWarm,
         Saver,
         SaverKept,
