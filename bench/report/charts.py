@@ -41,8 +41,8 @@ ZOOM: Final = 1.6
 def phases(group: Group, path: Path) -> None:
     """Stacked bars of the steady cycles: all of it, and beside that the beginning, enlarged."""
     entries = group.measured
-    names = ["\n".join(textwrap.wrap(entry.title, 34)) for entry in entries]
-    splits = [summary.phases(summary.steady(entry.way)) for entry in entries]
+    names = ["\n".join(textwrap.wrap(entry.title, 34, break_on_hyphens=False)) for entry in entries]
+    splits = [summary.phases(entry.way) for entry in entries]
     totals = [sum(split.values()) for split in splits]
     with plt.rc_context(_STYLE):
         figure, (whole, near) = plt.subplots(
@@ -114,7 +114,7 @@ def memory(group: Group, path: Path) -> None:
             plt.Rectangle((0, 0), 1, 1, color=COLOURS[name], alpha=_SHADE, label=name)
             for name in ("sleep", "memory", "refit", "wake", "image")
         ]
-        shades.append(plt.Rectangle((0, 0), 1, 1, facecolor="white", edgecolor="#bbbbbb", label=_STEP))
+        shades.append(plt.Rectangle((0, 0), 1, 1, facecolor="white", edgecolor="#bbbbbb", label=_UNCOUNTED))
         figure.legend(handles=[*lines, *shades], loc="outside lower center", ncols=8, frameon=False)
         _save(figure, path)
 
@@ -122,7 +122,7 @@ def memory(group: Group, path: Path) -> None:
 _DEVICE: Final = "#b3202c"
 _HOST: Final = "#222222"
 _SHADE: Final = 0.28
-_STEP: Final = "trainer's step"
+_UNCOUNTED: Final = "not counted"
 
 
 def _memory_of(axes: Any, entry: Entry, top: float) -> None:

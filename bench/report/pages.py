@@ -28,10 +28,12 @@ the first image on the new ones, from outside, as the loop that drives them sees
 - the trainer's step is not counted: AdamW on some layers and weight decay of every tensor, so that all of
   the transformer changes; it is the same in every way;
 - *refit*: the new weights are where the engine gets them from, or has them; *wake*: the engine is ready to
-  draw; *image*: what the first image takes beyond the engine's usual time for one.
+  draw; *image*: what the first image takes beyond the usual, if it takes more. Images vary from one to the
+  next, so the usual is the median of all that the way drew again, in every cycle, right after the first one.
 
-*Overhead* is the sum. The first cycle stands apart from the steady ones, whose medians are shown. *Pictures*
-says whether every image equals, bit for bit, what the other ways drew after as many steps.
+*Overhead* is the sum. The first cycle stands apart; of those after it, the steady ones, each phase shows the
+median, and *steady* is the sum of these medians. A way with one cycle shows that one's phases and factor.
+*Pictures* says whether every image equals, bit for bit, what the other ways drew after as many steps.
 """
 
 NONE: Final = "No results yet: run `python -m bench rl-step`, then `python -m bench report`.\n"
@@ -103,11 +105,14 @@ def _group(group: Group) -> Iterator[str]:
     yield from (_lines(_ways_table(group)), _lines(_explained(group)))
     if group.measured and group.on_gpu:
         yield f"![Seconds by phase, from image to image](pictures/{phases_picture(group)})\n"
-        yield f"![Memory over a steady cycle of each way](pictures/{memory_picture(group)})\n"
+        yield f"![Memory over the last cycle of each way](pictures/{memory_picture(group)})\n"
         yield (
-            "Memory is the machine's: the device's by NVML, the host's without page cache, less what was in "
-            "use before each way (without the arena). *Processes* is what those that take part have by PSS "
-            "(which does not see what a driver pins for them), *arena* its pages, counted once:\n"
+            "White is not counted: the trainer's step, and in 3c the dropping of the page cache. Memory is "
+            "the machine's: the device's by NVML, the host's without page cache, less what was in use before "
+            "each way (without the arena). *Awake* is after the cycle's images; *asleep* is when the trainer "
+            "has all it needs, so that what is on the device then is mostly the trainer's. *Processes* is "
+            "what those that take part have by PSS (which does not see what a driver pins for them), *arena* "
+            "its pages, counted once:\n"
         )
         yield _lines(_memory_table(group))
     checks = group.checks
@@ -137,13 +142,21 @@ def _headline(group: Group) -> str:
     bound = summary.least(ours.found)
     if bound is not None and group.on_gpu:
         ratio = summary.overhead(ours.way) / bound
-        text += f", {ratio:.2f} × what the link needs for the bytes ({seconds(bound)})"
+        text += f", {ratio:.2f} × what the link needs for the bytes, out and then in ({seconds(bound)})"
     rivals = [
         f"{entry.times_ours:.0f} × as long for “{entry.title}” ({seconds(summary.overhead(entry.way))})"
         for key in ("3", "4", sglang.STOCK, "6")
         if (entry := _measured(group).get(key)) is not None and entry.times_ours is not None
     ]
-    return f"{text}; {', '.join(rivals)}." if rivals else f"{text}."
+    text += f"; {', '.join(rivals)}." if rivals else "."
+    staged = _measured(group).get(summary.STAGED)
+    if staged is None or not summary.has_steady(staged.way):
+        return text
+    text += f" If the frozen parts wake during the refit, it is {seconds(summary.overhead(staged.way))}"
+    bound = summary.least(staged.found)
+    return (
+        f"{text}." if bound is None else f"{text}, {summary.overhead(staged.way) / bound:.2f} × the link's."
+    )
 
 
 def _headline_rows(group: Group) -> Iterator[list[str]]:
@@ -163,7 +176,7 @@ def _way_row(entry: Entry) -> list[str]:
     if not entry.has_numbers:
         return [entry.key, name, *["–"] * (len(PHASES) + 4)]
     way = entry.way
-    split = summary.phases(summary.steady(way))
+    split = summary.phases(way)
     steady = seconds(summary.overhead(way)) if summary.has_steady(way) else "–"
     times = entry.times_ours
     return [
@@ -171,7 +184,7 @@ def _way_row(entry: Entry) -> list[str]:
         name,
         seconds(summary.first_overhead(way)),
         steady,
-        *(seconds(split[name]) if split[name] else "–" for name in PHASES),
+        *(seconds(split[name]) if split[name] else "0" for name in PHASES),
         "" if times is None else f"{times:.1f}",
         "equal" if summary.pictures_equal(way) else "differ",
     ]
@@ -194,9 +207,12 @@ def _explained(group: Group) -> Iterator[str]:
 
 def _engine(entry: Entry, group: Group) -> str:
     """What is done with an engine of its own, and in what it differs from the other ways."""
+    text = "SGLang's own server processes, unmodified, asked through its scheduler"
+    if "model" not in entry.way:
+        return text
     way, theirs = entry.way, entry.found["model"]
     its = way["model"]
-    text = "SGLang's own server processes, unmodified, asked through its scheduler; "
+    text += "; "
     if entry.has_numbers:
         handed = way["cycles"][-1]["handed"]
         whole = f"the whole transformer ({_gb(handed['bytes'])} in {handed['tensors']} tensors)"
@@ -222,7 +238,9 @@ def _engine(entry: Entry, group: Group) -> str:
 
 def _short(reason: str | None) -> str:
     """The first line: what a child said in its log is in the file."""
-    return (reason or "").splitlines()[0].rstrip(".;") if reason else "no reason was recorded"
+    if not reason:
+        return "no reason was recorded"
+    return reason.splitlines()[0].removesuffix("; its log ends with").rstrip(".;")
 
 
 def _memory_table(group: Group) -> list[str]:
@@ -283,6 +301,16 @@ def _sizes(rows: Sequence[Json]) -> str:
 
 
 def _facts(group: Group) -> Iterator[str]:
+    if group.measured:
+        counts: dict[int, list[str]] = {}
+        for entry in group.measured:
+            counts.setdefault(len(entry.way["cycles"]), []).append(entry.key)
+        cycles = "; ".join(f"{count} of {', '.join(keys)}" for count, keys in counts.items())
+        drawn = [each for entry in group.measured for each in summary.drawn_again(entry.way)]
+        yield (
+            f"- Cycles, with the first: {cycles}. An image that was drawn again took "
+            f"{seconds(min(drawn))} to {seconds(max(drawn))}."
+        )
     for number, run in enumerate(group.runs, 1):
         machine, limit = run["machine"], run["limit"]
         device = limit["device"]
@@ -301,10 +329,21 @@ def _facts(group: Group) -> Iterator[str]:
                 f"{out / 1e9:.1f} GB/s from it."
             )
         if run.get("trainer_needs"):
-            yield f"- For its step the trainer took {format_size(run['trainer_needs'])} of device memory."
+            kind = "device memory" if group.on_gpu else "memory"
+            yield f"- For its step the trainer took {format_size(run['trainer_needs'])} of {kind}."
+        if why := _not_shared(run):
+            yield f"- Host memory by the number of engines, left out: {why}."
         if not run["complete"]:
             yield f"- It was cut off after {run['seconds']:.0f} s; what it had found until then is here."
         yield f"- Again: `{run['command']}`, then `python -m bench report`."
+
+
+def _not_shared(run: Json) -> str | None:
+    """Why rows that were asked for are not there."""
+    if run.get("sharing_left_out"):
+        return _short(run["sharing_left_out"])
+    asked = run.get("sharing") is not None
+    return "the run ended before that" if asked and not run["sharing"] else None
 
 
 def _device(group: Group) -> str:

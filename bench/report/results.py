@@ -14,7 +14,19 @@ from bench.rl_step.ways import WAYS
 
 Json = Mapping[str, Any]
 
-ORDER: Final = ("1", "2", "3", "3c", "4", sglang.STOCK, sglang.PLUGIN, "6", "6k", "7")
+ORDER: Final = (
+    summary.OURS,
+    summary.STAGED,
+    "2",
+    "3",
+    "3c",
+    "4",
+    sglang.STOCK,
+    sglang.PLUGIN,
+    "6",
+    "6k",
+    "7",
+)
 """The ways as they are shown."""
 
 
@@ -114,7 +126,7 @@ def read(directory: Path) -> list[Group]:
                 if key not in found or entry.has_numbers or not found[key].has_numbers:
                     found[key] = entry
         ours = found.get(summary.OURS)
-        for key, way in sglang.ways(beside, group.model, group.device).items():
+        for key, way in sglang.ways(beside, group.model, group.device, group.on_gpu).items():
             found[key] = Entry(key, way, group.newest if ours is None else ours.found)
         group.entries = {key: found[key] for key in ORDER if key in found}
     return sorted(

@@ -26,6 +26,7 @@ _TITLES: Final = {
 }
 _NAMES: Final = {STOCK: "stock", PLUGIN: "plugin"}
 _SECTION: Final = "step"
+_COMMAND: Final = "python -m bench sglang --only stock,plugin,step"
 _ALIKE: Final = 0.01
 """By what share of its bytes a transformer may differ that is still the same: a few tensors more or less."""
 
@@ -38,8 +39,9 @@ def runs(directory: Path) -> Iterator[Json]:
     yield from sorted(stepped, key=lambda run: run["machine"]["date"])
 
 
-def ways(found: Sequence[Json], model: str, device: str) -> dict[str, Json]:
-    """Ways by key, each from the newest run on that device that has numbers for it, else from the newest."""
+def ways(found: Sequence[Json], model: str, device: str, on_gpu: bool) -> dict[str, Json]:
+    """Ways by key, each from the newest run on that device that has numbers for it, else from the newest. On
+    a GPU a way that no run has is there with the reason."""
     result: dict[str, Json] = {}
     if model != MODEL:
         return result
@@ -52,6 +54,8 @@ def ways(found: Sequence[Json], model: str, device: str) -> dict[str, Json]:
                 way = _way(key, run["sections"][_SECTION][part], run)
                 if key not in result or summary.has_numbers(way) or not summary.has_numbers(result[key]):
                     result[key] = way
+    if on_gpu:
+        result |= {key: _not_run(key) for key in _NAMES if key not in result}
     return result
 
 
@@ -82,6 +86,15 @@ def checks(entries: Mapping[str, Any]) -> Iterator[summary.Check]:
         summary.first_overhead(stock.way) / summary.first_overhead(ours.way),
         summary.STOCK_FIRST,
     )
+
+
+def _not_run(key: str) -> Json:
+    return {
+        "title": _TITLES[key],
+        "status": "not run",
+        "reason": f"no run of `{_COMMAND}` on this device is in bench/results",
+        "cycles": [],
+    }
 
 
 def _way(key: str, step: Json, run: Json) -> Json:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import click
 
+from bench.rl_step import summary
 from bench.rl_step.found import Found
 from bench.rl_step.memory import Sampler, point
 from bench.rl_step.processes import Child, Engine, Trainer, WayFailed
@@ -20,6 +21,9 @@ from bench.rl_step.ways import GIB, PHASES, WAYS, Marks, RelaunchCold, Way
 
 ANSWER: Final = 300.0
 """Seconds that any one answer may take."""
+OWN_IMAGES: Final = 2
+"""Pictures drawn again in each cycle: they say how long one usually takes."""
+OVER: Final = "the time that the run was given (--budget) was over"
 GRACE: Final = 60.0
 """Seconds past the budget in which what was begun may end."""
 TAKE_MORE: Final = 2 * GIB
@@ -157,7 +161,7 @@ class Run:
             found.way(key, status="cannot run", reason=reason)
             return
         if self.left() <= 0:
-            found.way(key, status="skipped", reason="the time that the run was given (--budget) was over")
+            found.way(key, status="skipped", reason=OVER)
             return
         if not issubclass(kind, (WAYS["1"], WAYS["2"])):
             self.close_store()
@@ -196,8 +200,9 @@ class Run:
             cycle = self._cycle(way, number)
             took = time.monotonic() - started
             found.cycle(key, cycle)
+            so_far = summary.cycle_overhead(found.all["ways"][key], cycle)  # by the images until now
             click.echo(
-                f"  {key} cycle {number}: {cycle['overhead']:.3f} s "
+                f"  {key} cycle {number}: about {so_far:.3f} s "
                 + " ".join(f"{name} {seconds:.3f}" for name, seconds in cycle["phases"].items()),
                 err=True,
             )
@@ -223,18 +228,16 @@ class Run:
         with marks.phase("image"):
             picture = self._picture(way, number)
         curve = self.sampler.curve(marks.origin)
-        again = self._picture(way, number)
+        again = [self._picture(way, number) for _ in range(OWN_IMAGES)]
         step = marks.seconds.pop("step")
-        own = again["seconds"]
         return {
             "number": number,
             "phases": {name: marks.seconds[name] for name in PHASES},
             "step": step,
-            "own_image": own,
-            "overhead": sum(marks.seconds.values()) - own,
+            "own_images": [each["seconds"] for each in again],
             "image": picture["sha256"],
-            "same": picture["same"] and again["same"],
-            "differs": picture["differs"],
+            "same": all(each["same"] for each in (picture, *again)),
+            "differs": next((each["differs"] for each in (picture, *again) if each["differs"]), None),
             "spread": picture["spread"],
             "spans": [[name, began, ended] for name, began, ended in marks.spans],
             "memory": {"asleep": asleep, "awake": self.memory(way)},
