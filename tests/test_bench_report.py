@@ -75,7 +75,10 @@ def test_numbers_follow_the_file(place: Place) -> None:
     takes = {key: tuple(seconds * 1.7 for seconds in spent) for key, spent in made.TAKES.items()}
     other = made.run()
     for key, spent in takes.items():
-        other["ways"][key] = made.way(f"way {key}", spent, 3)
+        way = other["ways"][key] = made.way(f"way {key}", spent, 3)
+        way["setup"]["own_image"] *= 1.3
+        for cycle in way["cycles"]:
+            cycle["own_images"] = [seconds * 1.3 for seconds in cycle["own_images"]]
     other["limit"]["h2d"]["seconds"] = [1.3]
     other["limit"]["d2h"]["seconds"] = [0.9]
     place.put("rl-step-a.json", other)
@@ -91,6 +94,77 @@ def test_the_prose_has_no_measured_number() -> None:
     for path in sorted((ROOT / "bench" / "report").glob("*.py")):
         found = re.findall(r"\b\d+(?:\.\d+)? ?(?:ms|s|GB/s|GB|GiB|×|%)(?=[\s.,;)])", path.read_text())
         assert not found, f"{path.name}: {found}"
+
+
+def test_images_that_vary_leave_the_overhead_alone(place: Place) -> None:
+    """The image's part is the median image beyond the median of those drawn again, not cycle by cycle."""
+    images = {1: 0.9, 2: 0.2, 3: 0.6, 4: 0.61, 5: 0.95}
+    wakes = {1: 1.0, 2: 0.8, 3: 0.64, 4: 0.63, 5: 0.62}
+    run = made.run()
+    for cycle in run["ways"]["1"]["cycles"]:
+        cycle["phases"] |= {"image": images[cycle["number"]], "wake": wakes[cycle["number"]]}
+    way = run["ways"]["1"]
+    assert summary.usual_image(way) == pytest.approx(made.OWN)
+    split = summary.phases(way)
+    assert split["image"] == pytest.approx(0.605 - made.OWN) and split["wake"] == pytest.approx(0.635)
+    assert summary.overhead(way) == pytest.approx(sum(split.values()))
+    spent = sum(seconds for name, seconds in way["cycles"][1]["phases"].items() if name != "image")
+    assert summary.cycle_overhead(way, way["cycles"][1]) == pytest.approx(spent), "never less than its phases"
+    place.put("rl-step-a.json", run)
+    page = place.page()
+    steady = summary.seconds(summary.overhead(way))
+    row = row_of(page, "1")
+    assert row[3] == steady and row[4:10] == [summary.seconds(seconds) for seconds in split.values()]
+    assert f"weightstore is {steady} from image" in page and steady in place.readme.read_text()
+    for cycle in way["cycles"]:
+        cycle["phases"]["image"] = 0.3
+    place.put("rl-step-a.json", run)
+    page = place.page()
+    assert row_of(page, "1")[9] == "0"
+    assert "- Cycles, with the first: 5 of 1, 1s; 2 of 2, 3, 4, 6. An image that was drawn again took" in page
+    assert "took 150 ms to 950 ms." in page
+
+
+def test_older_files_have_one_image_drawn_again_in_a_cycle(place: Place) -> None:
+    run = made.run()
+    own = {1: 0.9, 2: 0.5, 3: 0.58, 4: 0.57, 5: 0.2}  # with the one before them, 0.55: the median is 0.56
+    for way in run["ways"].values():
+        for cycle in way["cycles"]:
+            del cycle["own_images"]
+            cycle |= {"own_image": own[cycle["number"]], "overhead": 123.0}
+    assert summary.usual_image(run["ways"]["1"]) == pytest.approx(0.56)
+    place.put("rl-step-a.json", run)
+    assert row_of(place.page(), "1")[3] == summary.seconds(sum(made.TAKES["1"]) - 0.56)
+
+
+def test_frozen_parts_that_wake_during_the_refit_are_ours_too(place: Place) -> None:
+    run = made.run()
+    place.put("rl-step-a.json", run)
+    page = place.page()
+    ours, staged = (sum(made.TAKES[key]) - made.OWN for key in ("1", "1s"))
+    bound = 0.43 + 0.62
+    also = f"the frozen parts wake during the refit, it is {summary.seconds(staged)}, {staged / bound:.2f} ×"
+    assert also in page and also in place.readme.read_text()
+    assert page.index("| 1 | ") < page.index("| 1s | ") < page.index("| 2 | ")
+    assert row_of(page, "1s")[10] == f"{staged / ours:.1f}"
+    (group,) = read(place.results)
+    checks = {check.key: check for check in group.checks}
+    assert checks["link.1s"].value == pytest.approx(staged / bound) and checks["link.1s"].met
+    del run["ways"]["1s"]
+    place.put("rl-step-a.json", run)
+    assert "frozen parts" not in place.page()
+    (group,) = read(place.results)
+    assert "link.1s" not in {check.key for check in group.checks}
+
+
+def test_one_cycle_is_not_judged_as_a_steady_one(place: Place) -> None:
+    run = made.run()
+    for key in ("1", "1s"):
+        run["ways"][key]["cycles"] = run["ways"][key]["cycles"][:1]
+    place.put("rl-step-a.json", run)
+    assert "frozen parts wake during the refit, " not in place.page()
+    (group,) = read(place.results)
+    assert not [check for check in group.checks if check.key.startswith("link")]
 
 
 def test_goals_are_judged(place: Place) -> None:
@@ -126,7 +200,24 @@ def test_sglang_is_merged_for_the_same_device_only(place: Place) -> None:
     assert checks["faster.5.first"].value == pytest.approx((stock * 1.3 - made.OWN) / ours_first)
     assert checks["faster.5"].met and not checks["faster.5.first"].met
     place.put("sglang-a.json", made.sglang("Another GPU"))
-    assert "SGLang Diffusion, stock" not in place.page()
+    assert_not_run(place.page())
+
+
+def assert_not_run(page: str) -> None:
+    for key in ("5", "5p"):
+        assert set(row_of(page, key)[2:]) == {"–"}
+    reason = "no run of `python -m bench sglang --only stock,plugin,step` on this device is in bench/results"
+    assert page.count(f"**No numbers: not run**: {reason}.") == 2
+
+
+def test_sglang_is_missed_only_where_it_could_run(place: Place) -> None:
+    """That is with its one pipeline, on a GPU."""
+    cpu, other = made.run(), made.run()
+    cpu["settings"]["device"], cpu["limit"]["device"] = "cpu", {"device": "cpu"}
+    other["model"]["name"] = "sd3.5-medium"
+    for found in (cpu, other):
+        place.put("rl-step-a.json", found)
+        assert "SGLang" not in place.page()
 
 
 def test_sglang_with_another_transformer_has_no_factor(place: Place) -> None:
@@ -145,7 +236,7 @@ def test_sglang_without_the_step_or_cut_short(place: Place) -> None:
     found = made.sglang()
     step = found["sections"].pop("step")
     place.put("sglang-a.json", found)
-    assert "SGLang" not in place.page()
+    assert_not_run(place.page())
     step["stock"] |= {"status": "running", "cycles": step["stock"]["cycles"][:1]}
     step["plugin"] |= {"status": "failed", "reason": "resume: out of memory", "cycles": []}
     found["sections"]["step"] = step
@@ -170,6 +261,38 @@ def test_two_runs_are_one_table(place: Place) -> None:
     page = place.page()
     assert row_of(page, "3")[3] != "–" and row_of(page, "6")[3] != "–"
     assert "Run 1, 2030-01-02" in page and "Run 2, 2031-01-01" in page
+
+
+def test_rows_by_the_number_of_engines_that_are_missing_have_a_reason(place: Place) -> None:
+    run = made.run()
+    rows = run["sharing"]
+    run |= {"sharing": rows[:2], "sharing_left_out": "after 2 of 4 rows it ended; its log ends with\nwords"}
+    place.put("rl-step-a.json", run)
+    page = place.page()
+    assert "number of engines, left out: after 2 of 4 rows it ended." in page and "words" not in page
+    assert "| 2 | 128 MiB" in page and "| 4 | 128 MiB" not in page and "most of 1, 2 engines" in page
+    place.put("rl-step-a.json", run | {"sharing": [], "sharing_left_out": "the time was over"})
+    page = place.page()
+    assert "number of engines, left out: the time was over." in page and "### Host memory" not in page
+    old = made.run(sharing=[], complete=False)
+    place.put("rl-step-a.json", old)
+    assert "number of engines, left out: the run ended before that." in place.page()
+    del old["sharing"]
+    place.put("rl-step-a.json", old)
+    assert "left out" not in place.page(), "nobody asked for them"
+
+
+def test_a_group_must_hold_only_what_it_has(place: Place) -> None:
+    """Rows by the number of engines are where they were measured, and nowhere else."""
+    gpu, cpu = made.run(sharing=[]), made.run()
+    cpu["model"] |= {"name": "tiny", "whole_bytes": 700_000}
+    cpu["settings"]["device"], cpu["limit"]["device"] = "cpu", {"device": "cpu"}
+    place.put("rl-step-a.json", gpu)
+    place.put("rl-step-b.json", cpu)
+    first, _, second = place.page().partition("## tiny on a CPU")
+    assert "## flux1-dev on Some GPU" in first and "### What must hold" in first
+    for words in ("host copies", "### Host memory by the number of engines", "engines.png"):
+        assert words not in first and words in second
 
 
 def test_a_run_that_was_cut_off_is_reported(place: Place) -> None:

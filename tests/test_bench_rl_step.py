@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,18 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from test_bench_sglang import Pair, measured
 
 from bench.__main__ import main
+from bench.record import command_line
 from bench.rl_step import buckets, models, summary
+from bench.rl_step.command import share
+from bench.rl_step.found import Found
 from bench.rl_step.processes import Engine, Trainer, WayFailed
-from bench.rl_step.ways import PHASES, WAYS
+from bench.rl_step.ways import PHASES, WAYS, FrozenBeside
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNNABLE = ("1", "2", "3", "4")
+RUNNABLE = ("1", "1s", "2", "3", "4")
 PATIENCE = 150.0
 
 
@@ -37,7 +43,7 @@ def start(out: Path, *options: str) -> subprocess.Popen[str]:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("rl") / "run.json"
     with start(
-        out, "--ways", "1,2,3,4,6,7", "--cycles", "2", "--slow-cycles", "1", "--engines", "1,2"
+        out, "--ways", "1,1s,2,3,4,6,7", "--cycles", "2", "--slow-cycles", "1", "--engines", "1,2"
     ) as process:
         _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, said
@@ -50,12 +56,12 @@ def test_all_ways_that_can_run_end_with_numbers(found: dict[str, Any]) -> None:
     for key in RUNNABLE:
         way = found["ways"][key]
         assert way["status"] == "ok", way["reason"]
-        assert [cycle["number"] for cycle in way["cycles"]] == [1, 2] if key == "1" else [1]
+        assert [cycle["number"] for cycle in way["cycles"]] == ([1, 2] if key in ("1", "1s") else [1])
         for cycle in way["cycles"]:
             assert tuple(cycle["phases"]) == PHASES
             assert all(math.isfinite(seconds) and seconds > 0 for seconds in cycle["phases"].values())
-            total = sum(cycle["phases"].values()) - cycle["own_image"]
-            assert cycle["overhead"] == pytest.approx(total, abs=1e-5)
+            assert len(cycle["own_images"]) == 2 and "overhead" not in cycle, "that needs all cycles"
+        assert summary.overhead(way) == pytest.approx(sum(summary.phases(way).values()))
 
 
 def test_every_way_draws_the_same_picture_after_the_same_steps(found: dict[str, Any]) -> None:
@@ -66,6 +72,85 @@ def test_every_way_draws_the_same_picture_after_the_same_steps(found: dict[str, 
     assert len(set(pictures["1"])) == 2, "a step changes the picture"
     for key in RUNNABLE:
         assert all(cycle["same"] and cycle["spread"] > 0.05 for cycle in found["ways"][key]["cycles"])
+
+
+def test_frozen_parts_wake_within_the_refit(found: dict[str, Any]) -> None:
+    """In the real engine. (If anything else wakes then, or the update copies anything, the way fails.)"""
+    way = found["ways"]["1s"]
+    spent = way["notes"]["frozen_wake_seconds"]
+    assert len(spent) == len(way["cycles"])
+    for seconds, cycle in zip(spent, way["cycles"], strict=True):
+        assert 0 < seconds <= cycle["phases"]["refit"]
+
+
+class Both:
+    """An engine and a trainer, made up; in the refit neither answers before the other has been asked."""
+
+    def __init__(self, **answers: dict[str, Any]) -> None:
+        self.asked: list[tuple[str, Any]] = []
+        self._met = threading.Barrier(2, timeout=PATIENCE)
+        self._answers = answers
+
+    def post(self, path: str, message: Any = None) -> dict[str, Any]:
+        self.asked.append((path, message))
+        partial = message is not None
+        if partial:
+            self._met.wait()
+        answer = {
+            "success": True,
+            "version": 3,
+            "seconds": 0.1,
+            "copied_bytes": 0,
+            "components": ["transformer"],
+        }
+        if partial:
+            answer |= {"version": 2, "components": ["vae", "text_encoder"]}
+        return answer | self._answers.get("part" if partial else path.split("_")[0].strip("/"), {})
+
+    def do(self, command: str) -> dict[str, Any]:
+        self._met.wait()
+        self.asked.append((command, None))
+        return {"version": 3}
+
+
+def staged(both: Any) -> FrozenBeside:
+    bench: Any = types.SimpleNamespace(model="tiny")
+    way = FrozenBeside(bench)
+    way.engine = way.trainer = both
+    way._frozen, way._trained = ["text_encoder", "vae"], "transformer"
+    return way
+
+
+def test_refit_and_the_wake_of_frozen_parts_are_at_the_same_time() -> None:
+    both = Both()
+    way = staged(both)
+    way.refit()
+    assert sorted(both.asked) == [
+        ("/resume_memory_occupation", {"tags": ["text_encoder", "vae"]}),
+        ("refit", None),
+    ]
+    both.asked.clear()
+    way.wake()
+    assert both.asked == [("/update_weights_from_store", None), ("/resume_memory_occupation", None)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "answer", "says"),
+    [
+        ("part", {"components": ["vae", "transformer"]}, "text_encoder, vae were to wake"),
+        ("update", {"version": 2}, "was updated on .*wrote version 3"),
+        ("update", {"copied_bytes": 7}, "copied 7 bytes"),
+        ("resume", {"version": 2}, "woke on .*wrote version 3"),
+        ("resume", {"components": []}, "transformer were to wake"),
+    ],
+)
+def test_a_staged_wake_that_is_not_what_it_should_be_fails(
+    wrong: str, answer: dict[str, Any], says: str
+) -> None:
+    way = staged(Both(**{wrong: answer}))
+    with pytest.raises(WayFailed, match=says):
+        way.refit()
+        way.wake()
 
 
 def test_phases_follow_each_other(found: dict[str, Any]) -> None:
@@ -114,12 +199,68 @@ def test_a_run_killed_in_the_middle_leaves_a_file_that_can_be_read(tmp_path: Pat
 
 def test_what_there_is_no_time_for_is_skipped_and_says_so(tmp_path: Path) -> None:
     out = tmp_path / "run.json"
-    with start(out, "--ways", "4,6", "--budget", "0.01") as process:
+    with start(out, "--ways", "4,6", "--budget", "0.01", "--engines", "1") as process:
         _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, said
     found = json.loads(out.read_text())
     assert found["ways"]["4"]["status"] == "skipped" and "--budget" in found["ways"]["4"]["reason"]
     assert found["ways"]["4"]["cycles"] == []
+    assert found["complete"] and found["sharing"] == [] and "--budget" in found["sharing_left_out"]
+
+
+def test_rows_that_came_before_the_time_was_over_are_kept(tmp_path: Path) -> None:
+    out = tmp_path / "run.json"
+    found = Found(out)
+
+    def remaining() -> float:
+        return 0.0 if found.all["sharing"] else PATIENCE
+
+    share(found, [1, 2], tmp_path / "log", remaining)
+    kept = json.loads(out.read_text())
+    assert [row["engines"] for row in kept["sharing"]] == [1]
+    assert kept["sharing_left_out"].startswith("after 1 of 2 rows the sharing did not answer in the time")
+
+
+def test_rows_that_cannot_be_measured_have_what_it_said_as_the_reason(tmp_path: Path) -> None:
+    found = Found(None)
+    nobody: Any = ["nobody"]
+    share(found, nobody, tmp_path / "log", lambda: PATIENCE)
+    assert found.all["sharing"] == [] and "ended with 1" in found.all["sharing_left_out"]
+    assert "nobody" in found.all["sharing_left_out"]
+
+
+def test_the_command_has_no_path_of_the_machine(
+    found: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert found["command"].startswith("python -m bench rl-step --model tiny --out run.json --ways 1,")
+    inside = ROOT / "bench" / "results" / "x.json"
+    words = ["--out", str(inside), "--scratch=/somewhere/deep/ckpt", "--ways", "1,2", "--also", "../up/y"]
+    monkeypatch.setattr(sys, "argv", ["bench", "rl-step", *words, "there/z"])
+    given = [inside, Path("/somewhere/deep/ckpt"), Path("../up/y"), Path("there/z")]
+    shown = "--out bench/results/x.json --scratch=ckpt --ways 1,2 --also y there/z"
+    assert command_line("rl-step", given) == f"python -m bench rl-step {shown}"
+
+
+def test_sglang_draws_two_images_again_in_each_cycle(tmp_path: Path) -> None:
+    """And says so if one of them is another."""
+    found = measured(tmp_path, "stock", Pair(None), {})
+    way = found.all["sections"]["step"]["stock"]
+    assert [len(cycle["own_images"]) for cycle in way["cycles"]] == [2, 2, 2]
+    assert summary.overhead(way) == pytest.approx(sum(summary.phases(way).values()))
+    pair: Any = Pair(None)
+    ask, drawn = pair.ask, []
+
+    def flaky(command: str, **more: Any) -> dict[str, Any]:
+        answer: dict[str, Any] = ask(command, **more)
+        if command == "generate":
+            drawn.append(answer)
+            if len(drawn) == 6:  # the last of the second cycle
+                answer["pixels"] = "other"
+        return answer
+
+    pair.ask = flaky
+    cycles = measured(tmp_path, "stock", pair, {}).all["sections"]["step"]["stock"]["cycles"]
+    assert [cycle["differs"] for cycle in cycles] == [None, "from one drawn right after it", None]
 
 
 def test_unknown_ways_are_refused() -> None:

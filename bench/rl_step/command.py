@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
-from bench.record import RESULTS, ROOT, machine, slug
+from bench.record import RESULTS, ROOT, command_line, machine, slug
 from bench.rl_step import summary
 from bench.rl_step.found import Found
 from bench.rl_step.memory import Sampler
-from bench.rl_step.run import Run
+from bench.rl_step.processes import Child, Remaining, WayFailed
+from bench.rl_step.run import OVER, Run
 from bench.rl_step.ways import WAYS, Way
 
 LIMIT_ROUNDS: Final = 3
@@ -85,11 +85,21 @@ def _chosen(ways: str) -> list[type[Way]]:
     return [way for key, way in WAYS.items() if key in asked]
 
 
-def _sharing(counts: Sequence[int], patience: float) -> Iterator[dict[str, Any]]:
-    command = [sys.executable, "-m", "bench.rl_step.sharing", ",".join(map(str, counts))]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=patience)
-    for line in done.stdout.splitlines():
-        yield json.loads(line)
+def share(found: Found, counts: Sequence[int], log: Path, remaining: Remaining) -> None:
+    """Host memory by the number of engines: rows into the results as they come, or what kept them away.
+
+    Args:
+        remaining: seconds that each row may take, asked when it is waited for.
+    """
+    rows: list[dict[str, Any]] = []
+    found.note("sharing", rows)
+    with Child("sharing", ",".join(map(str, counts)), log, remaining) as child:
+        try:
+            for _ in counts:
+                rows.append(child.read())
+                found.write()
+        except WayFailed as error:
+            found.note("sharing_left_out", f"after {len(rows)} of {len(counts)} rows {error}")
 
 
 @click.command("rl-step")
@@ -102,7 +112,7 @@ def _sharing(counts: Sequence[int], patience: float) -> Iterator[dict[str, Any]]
     help="Which; they run in an order of their own. 3c: with a cold page cache; 6k: with its backup kept.",
 )
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cpu", show_default=True)
-@click.option("--cycles", type=click.IntRange(min=1), default=5, show_default=True, help="Of way 1.")
+@click.option("--cycles", type=click.IntRange(min=1), default=5, show_default=True, help="Of 1 and 1s.")
 @click.option(
     "--slow-cycles", type=click.IntRange(min=1), default=2, show_default=True, help="Of all others; 3c: 1."
 )
@@ -141,10 +151,10 @@ def rl_step_command(
     from bench.rl_step.models import MODELS, write_configs
 
     chosen = _chosen(ways)
-    command = "python -m bench rl-step " + shlex.join(sys.argv[2:])
     with ExitStack() as held:
         logs = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="rl-step-")))
         configs = write_configs(MODELS[model], logs / "configs")
+        command = command_line("rl-step", [path for path in (scratch, out) if path is not None])
         if scratch is None:
             scratch = logs / "scratch"
         scratch.mkdir(parents=True, exist_ok=True)
@@ -195,10 +205,14 @@ def rl_step_command(
                 found.note("limit", limit)
         run.close_store()
         if engines:
-            found.note("sharing", [])
-            for row in _sharing([int(count) for count in engines.split(",")], run.patience()):
-                found.all["sharing"].append(row)
-                found.write()
+            counts = [int(count) for count in engines.split(",")]
+            if run.left() > 0:
+                share(found, counts, logs / "logs" / "sharing.log", run.patience)
+            else:
+                found.all["sharing"] = []
+                found.note("sharing_left_out", OVER)
+            if why := found.all.get("sharing_left_out"):
+                click.echo(f"host memory by the number of engines, left out: {why}", err=True)
         found.complete()
         shutil.rmtree(scratch / model, ignore_errors=True)
     summary.print_table(found.all)

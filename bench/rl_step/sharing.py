@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -89,13 +91,13 @@ def sharing(counts: tuple[int, ...]) -> Iterator[dict[str, Any]]:
                     if _line(engine) != str(100 + number):
                         raise RuntimeError("an engine does not have the version that was committed")
             twice = mapped_share(everyone, arena) - _records(arena)
-            yield {
-                "engines": count,
-                "frozen_bytes": FROZEN_BYTES,
-                "trained_bytes": TRAINED_BYTES,
-                "one_version": once,
-                "after_refits": twice,
-            }
+        yield {
+            "engines": count,
+            "frozen_bytes": FROZEN_BYTES,
+            "trained_bytes": TRAINED_BYTES,
+            "one_version": once,
+            "after_refits": twice,
+        }
 
 
 def _records(arena: str) -> int:
@@ -131,6 +133,9 @@ def _engine(socket: str) -> Iterator[Any]:
     )
     try:
         yield process
+    except BaseException:
+        process.kill()  # it may be far from reading that its input has ended
+        raise
     finally:
         assert process.stdin is not None and process.stdout is not None
         process.stdin.close()
@@ -161,6 +166,19 @@ def service_of(socket: str) -> int:
     raise RuntimeError("the store's process is not to be found")
 
 
+def _stop_with_input() -> None:
+    """Have the main thread interrupted, and so everything it started ended, when standard input ends."""
+
+    def watch() -> None:
+        while os.read(0, 1):
+            continue
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it may have been started to ignore it
+    threading.Thread(target=watch, daemon=True).start()
+
+
 if __name__ == "__main__":
+    _stop_with_input()
     for found in sharing(tuple(map(int, sys.argv[1].split(",")))):
         print(json.dumps(found), flush=True)
