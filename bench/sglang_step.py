@@ -49,6 +49,9 @@ class _Way:
         self.run, self.engine = run, engine
         self.handed: dict[str, Any] = {}
 
+    def prepare(self) -> None:
+        """Once, before the first cycle; not timed."""
+
     def sleep(self) -> dict[str, Any]:
         return self.asked("release")
 
@@ -84,6 +87,9 @@ class _Stock(_Way):
 class _Plugin(_Way):
     key = "plugin"
     after = ("refit", "wake")
+
+    def prepare(self) -> None:
+        self.run.trainer.do("prepare")
 
     def refit(self) -> None:
         self.handed = self.run.trainer.do("put", partial=False)
@@ -137,6 +143,7 @@ def measure(run: Run, engine: Engine, key: str, before: tuple[str, str], host: i
 def _cycles(way: _Way, found: dict[str, Any]) -> None:
     run = way.run
     found["trainer"] = run.trainer.do("load")
+    way.prepare()
     found["pids"] = [way.engine.pid, way.engine.ask("facts")["pid"], run.trainer.pid]
     free = run.trainer.do("facts").get("free")
     take = TAKE_ON_CPU if free is None else free + TAKE_MORE

@@ -194,7 +194,8 @@ def _explained(group: Group) -> Iterator[str]:
     """What each way does, why one has no numbers, and what differs."""
     for entry in group.entries.values():
         kind = WAYS.get(entry.key)
-        text = f"- {entry.key}: {_engine(entry, group) if kind is None else kind.what}"
+        # What was done in that run, which later versions of this benchmark may do in another way.
+        text = f"- {entry.key}: {_engine(entry, group) if kind is None else entry.way['what']}"
         if not entry.has_numbers:
             text += f". **No numbers: {entry.way['status']}**: {_short(entry.way['reason'])}"
         elif entry.way["status"] == "cut":

@@ -121,6 +121,15 @@ class Trainer:
         give_back(self.device)
         return {"version": refit.report.version, "bytes": refit.report.nbytes}
 
+    def prepare(self) -> dict[str, Any]:
+        """Room for a second version of what is trained, pinned while the first images are drawn."""
+        seconds: dict[str, float] = {}
+        with clocked(seconds, "room"):
+            nbytes = self._connected().prepare(
+                self.model.name, self.tag, components=[models.TRAINED], device=self.device
+            )
+        return {"bytes": nbytes, "seconds": seconds}
+
     def refit(self) -> dict[str, Any]:
         store = self._connected()
         seconds: dict[str, float] = {}
