@@ -6,7 +6,7 @@ waits for generations; `EngineHook` calls only while none runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -84,11 +84,9 @@ class Components:
                 component.move(Event.FAILED if component.image.mapped else Event.SLEPT)
         return saved
 
-    def fill(
-        self, todo: Sequence[Component], held: Held, source: ArenaMapping, check: Callable[[], None]
-    ) -> tuple[list[Run], int, int]:
+    def fill(self, todo: Sequence[Component], held: Held, source: ArenaMapping) -> tuple[list[Run], int, int]:
         """Weights from the arena, adapters added to them, engine state from its saved copy; or nothing mapped
-        that was not. `check` is called once all is copied, and raises if it cannot be trusted.
+        that was not.
 
         Returns the runs copied, the number of weights that got an adapter, and the bytes of state restored.
         Raises AttachError if weights no longer lie in their image.
@@ -101,7 +99,6 @@ class Components:
         try:
             merged = sum(component.adapt(component.layout.slots, held.adapters, source) for component in todo)
             restored = sum(component.engine_state.restore(component.image.tensor()) for component in todo)
-            check()
         except BaseException:
             self._backend.unmap(unmapped)
             raise

@@ -129,18 +129,6 @@ class Following:
         except StoreTimeout:
             pass  # there is none
 
-    def require_still(self, held: Held) -> None:
-        """After copying from it: raise LeaseLost if the lease has moved on meanwhile, as one does whose store
-        hung when it was unparked and goes on later. The bytes may then have been given to others."""
-        version = self._lease.version
-        if version != held.version:
-            raise LeaseLost(
-                f"the store, which had not answered, let go of version {held.version} while that was being "
-                f"copied, and has version {version}; call wake() again",
-                held=held.version,
-                version=version,
-            )
-
     def require_usable(self) -> None:
         """Raise TagTorn or LeaseLost if there is nothing to read, now or after a wake."""
         self._lease.require_whole()

@@ -214,6 +214,7 @@ class EngineHook:
         Raises:
             TagTorn: an in-place refit of the tag has not committed.
             LeaseLost: the store no longer has what was held; attach anew.
+            StoreSilent: the store is connected and hangs. (One that is gone is not needed.)
             DeviceMemoryError: too little memory. As after any error, all is as before and can be retried.
             AttachError: the newest version has other tensors than the modules, or somebody replaced those.
         """
@@ -228,9 +229,7 @@ class EngineHook:
                 held = self._following.unpark() if parked else self._following.current()
                 try:
                     before = self.backend.memory_in_use()
-                    runs, merged, restored = self._components.fill(
-                        todo, held, self._following.mapping, lambda: self._following.require_still(held)
-                    )
+                    runs, merged, restored = self._components.fill(todo, held, self._following.mapping)
                 except BaseException:
                     if parked:
                         self._following.park()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from weightstore.client import Store
-from weightstore.errors import ArenaFull, CoverageError, RefitConflict, UnknownModel
+from weightstore.errors import ArenaFull, CoverageError, RefitConflict, UnknownModel, UsageError
 from weightstore.local import local_store
 
 MIB = 1 << 20
@@ -73,6 +73,8 @@ def test_what_cannot_be_prepared_changes_nothing(store: Store) -> None:
         with pytest.raises(RefitConflict):
             store.prepare("m")
         refit.put("f.w", torch.zeros(MIB // 4))
+    with pytest.raises(UsageError, match="no device 'gpu'"):
+        store.prepare("m", device="gpu")
     with store.refit("other") as refit:
         refit.put("big.w", torch.zeros(3 * MIB // 4))
     with pytest.raises(ArenaFull):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import manifests
-from weightstore.errors import UnknownModel
+from weightstore.errors import UnknownModel, UnknownTag
 from weightstore.local import local_store
 from weightstore.tensors import DTYPES
 
@@ -47,3 +47,7 @@ def test_components_of_a_mistyped_model_are_refused() -> None:
         with store.refit("lora-only", components=["lora"], fresh=True) as refit:
             refit.put("lora.w", torch.ones(4))
         assert store.tags("lora-only") == {"latest": 1}
+        with store.lease("flux1-dev"):
+            store.remove_model("flux1-dev")  # what is leased stays, and is no base
+            with pytest.raises(UnknownTag, match=r"no tag of model 'flux1-dev' is left.*fresh=True"):
+                store.refit("flux1-dev", components=["transformer"])

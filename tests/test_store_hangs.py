@@ -1,27 +1,30 @@
 """A store that is connected and does not answer: stopped by a debugger, swapped out, overloaded.
 
-It is stopped by SIGSTOP; clients are given little patience, so that nothing has to be waited for.
+It is stopped by SIGSTOP; clients are given little patience, so that nothing has to be waited for. What must
+hold: nothing waits for ever; nobody reads bytes that the store may have promised to others; and once it goes
+on, it and its clients agree again.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from fake_store import FakeArena, FakeStore
 from hooked import publish
 from processes import Service, eventually
 from torch import nn
 
 import weightstore
 from engine_hooks import EngineHook, State
-from engine_hooks.hook import Components
 from weightstore import wire
 from weightstore.client import Store
-from weightstore.errors import LeaseLost, StoreSilent
+from weightstore.errors import StoreGone, StoreSilent, TagTorn
 
 PATIENCE = 0.05
 
@@ -35,7 +38,9 @@ def model(value: float, device: str = "cpu") -> dict[str, nn.Module]:
 
 
 def value_of(hook: EngineHook) -> float:
-    (value,) = set(hook.modules["transformer"].weight.flatten().tolist())  # type: ignore[union-attr, operator]
+    """Of all of the transformer, which has the same everywhere."""
+    parameters = hook.modules["transformer"].parameters()
+    (value,) = {value for parameter in parameters for value in parameter.flatten().tolist()}
     return float(value)
 
 
@@ -43,14 +48,20 @@ def value_of(hook: EngineHook) -> float:
 def service(tmp_path: Path) -> Iterator[Service]:
     with Service(tmp_path) as service:
         yield service
-        os.kill(service.pid, signal.SIGCONT)
+        if service.alive:
+            os.kill(service.pid, signal.SIGCONT)
 
 
 @pytest.fixture
-def store(service: Service) -> Iterator[Store]:
+def trainer(service: Service) -> Iterator[Store]:
+    with service.connect() as store:
+        publish(store, "m", model(1.0))
+        yield store
+
+
+@pytest.fixture
+def store(service: Service, trainer: Store) -> Iterator[Store]:
     """The engine's, with little patience."""
-    with service.connect() as trainer:
-        publish(trainer, "m", model(1.0))
     with weightstore.connect(service.socket) as store:
         store.link.patience = PATIENCE
         yield store
@@ -67,99 +78,165 @@ def stop(service: Service) -> None:
 
 
 def go_on(service: Service, store: Store) -> None:
-    """Have it answer what it was asked meanwhile."""
+    """Have it answer all that it was asked meanwhile."""
     os.kill(service.pid, signal.SIGCONT)
+    store.link.patience = 30.0
     store.status()
+    store.status()  # and what answers to its answers
 
 
-def test_an_engine_sleeps_and_wakes_without_an_answer(
-    service: Service, store: Store, hook: EngineHook, caplog: pytest.LogCaptureFixture
+def versions(store: Store) -> list[int]:
+    return [version.number for version in store.status().models[0].versions]
+
+
+def test_an_engine_sleeps_and_does_not_wake_on_what_nobody_vouches_for(
+    service: Service, trainer: Store, store: Store, hook: EngineHook, caplog: pytest.LogCaptureFixture
 ) -> None:
     stop(service)
     hook.sleep()
-    assert hook.wake().version == 1 and value_of(hook) == 1.0
-    assert hook.refit().version == 1  # as far as anybody knows
-    hook.sleep()
-    assert hook.state is State.ASLEEP
-    assert "did not answer ParkLease" in caplog.text and "stopped or overloaded" in caplog.text
+    assert hook.state is State.ASLEEP and "the lease could not be parked" in caplog.text
+    for _ in range(2):
+        with pytest.raises(
+            StoreSilent, match=r"did not answer ParkLease within .*; it is stopped or overload"
+        ):
+            hook.wake()
+        assert hook.state is State.ASLEEP
     go_on(service, store)
-    with service.connect() as trainer:
-        publish(trainer, "m", model(2.0))
-        # It sleeps as far as the store knows, too: the old version is let go of.
-        eventually(lambda: [v.number for v in trainer.status().models[0].versions] == [2], "1 is freed")
+    publish(trainer, "m", model(2.0))
+    # It sleeps as far as the store knows, too: the old version is let go of.
+    eventually(lambda: versions(trainer) == [2], "1 is freed")
+    assert hook.wake().version == 2 and value_of(hook) == 2.0
+    assert not hook.verify().differing
+    publish(trainer, "m", model(3.0))
+    assert versions(trainer) == [2, 3]  # and now it reads 2
+    assert hook.refit().version == 3 and value_of(hook) == 3.0
+
+
+@pytest.mark.parametrize("tries", [1, 3])
+def test_a_wake_that_was_given_up_leaves_a_sleeper(
+    service: Service, trainer: Store, store: Store, hook: EngineHook, tries: int
+) -> None:
+    hook.sleep()
+    stop(service)
+    for _ in range(tries):
+        with pytest.raises(StoreSilent):
+            hook.wake(["vae"])
+    go_on(service, store)
+    with trainer.refit("m", in_place=True) as refit:  # let in, since it sleeps
+        for name, module in model(2.0).items():
+            refit.put_module(module, prefix=f"{name}.")
     assert hook.wake().version == 2 and value_of(hook) == 2.0
     assert not hook.verify().differing
 
 
-def test_a_sleeper_that_woke_alone_is_awake_once_the_store_goes_on(
-    service: Service, store: Store, hook: EngineHook
+def test_components_that_are_awake_stay_of_one_version(
+    service: Service, trainer: Store, store: Store, hook: EngineHook
+) -> None:
+    stop(service)
+    hook.sleep()
+    with pytest.raises(StoreSilent):
+        hook.wake(["vae"])
+    go_on(service, store)
+    assert hook.wake(["vae"]).version == 1
+    publish(trainer, "m", model(2.0))
+    assert hook.wake(["transformer"]).version == 1 and value_of(hook) == 1.0
+    assert not hook.verify().differing
+    assert hook.refit().version == 2 and value_of(hook) == 2.0
+
+
+def test_an_in_place_refit_of_a_sleeper_is_not_read_half_way(
+    service: Service, trainer: Store, store: Store, hook: EngineHook
 ) -> None:
     hook.sleep()
+    with trainer.refit("m", in_place=True) as refit:
+        refit.put("transformer.weight", torch.full((64, 64), 2.0))
+        stop(service)
+        with pytest.raises(StoreSilent):
+            hook.wake()
+        go_on(service, store)
+        with pytest.raises(TagTorn):
+            hook.wake()
+        refit.put_module(model(2.0)["vae"], prefix="vae.")
+        refit.put("transformer.bias", torch.full((64,), 2.0))
+    assert hook.wake().version == 2 and value_of(hook) == 2.0
+
+
+def test_a_store_that_hung_and_was_killed_is_done_without(
+    service: Service, trainer: Store, store: Store, hook: EngineHook
+) -> None:
     stop(service)
-    assert hook.wake().version == 1
-    go_on(service, store)
-    with service.connect() as trainer:
-        publish(trainer, "m", model(2.0))
-        assert [v.number for v in trainer.status().models[0].versions] == [1, 2]  # it reads version 1
-        assert not hook.verify().differing and value_of(hook) == 1.0
-        assert hook.refit().version == 2 and value_of(hook) == 2.0
-        eventually(lambda: [v.number for v in trainer.status().models[0].versions] == [2], "1 is freed")
+    hook.sleep()
+    service.kill()
+    assert hook.wake().version == 1 and value_of(hook) == 1.0
+    hook.sleep()
+    service.start()
+    eventually(lambda: len(trainer.status().leases) == 1, "its lease is renewed")
+    publish(trainer, "m", model(2.0))
+    assert hook.wake().version == 2 and value_of(hook) == 2.0
 
 
 def test_a_refit_takes_what_was_offered_before_the_store_hung(
-    service: Service, store: Store, hook: EngineHook
+    service: Service, trainer: Store, store: Store, hook: EngineHook
 ) -> None:
-    with service.connect() as trainer:
-        publish(trainer, "m", model(2.0))
+    publish(trainer, "m", model(2.0))
     store.status()  # the offer has come
     stop(service)
     assert hook.refit().version == 2 and value_of(hook) == 2.0
+    assert hook.refit().version == 2  # as far as anybody knows
     go_on(service, store)
-    eventually(lambda: [lease.version for lease in store.status().leases] == [2], "the store has heard")
+    assert [lease.version for lease in store.status().leases] == [2]
     assert not hook.verify().differing
 
 
-def test_an_answer_that_moves_the_lease_during_the_copy_is_noticed(
-    service: Service, store: Store, hook: EngineHook, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The lease was unparked without the store, which had a newer version by then, and says so too late."""
-    hook.sleep()
-    stop(service)
-    fill = Components.fill
-
-    def late(*arguments: object) -> object:
-        check = arguments[-1]
-        assert callable(check)
-
-        def answered() -> None:
-            go_on(service, store)
-            hook._following._lease._move(
-                7, False, dict(hook._following._lease.records)
-            )  # as its answer would
-            check()
-
-        monkeypatch.setattr(Components, "fill", fill)
-        return fill(*arguments[:-1], answered)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Components, "fill", late)
-    with pytest.raises(LeaseLost, match=r"let go of version 1 while .* has version 7; call wake\(\) again"):
-        hook.wake()
-    assert hook.state is State.ASLEEP
-    hook._following._lease._move(1, False, dict(hook._following._lease.records))
-    assert hook.wake().version == 1 and value_of(hook) == 1.0
-
-
-def test_requests_that_need_an_answer_say_that_there_was_none(service: Service, store: Store) -> None:
-    stop(service)
-    with pytest.raises(StoreSilent, match="stopped or overloaded") as caught:
-        store.link.connect().request(wire.GetStatus(id=0), wire.Status, timeout=PATIENCE)
-    assert caught.value.details["socket"] == service.socket
-
-
-def test_releasing_does_not_hang(service: Service, store: Store) -> None:
+def test_a_lease_is_released_without_an_answer(service: Service, store: Store) -> None:
     lease = store.lease("m")
     assert torch.is_tensor(lease.snapshot["vae.weight"])
     stop(service)
     lease.release()
     go_on(service, store)
     assert store.status().leases == []
+
+
+ASKED: dict[str, Callable[[Store], object]] = {
+    "status": lambda store: store.status(),
+    "lease": lambda store: store.lease("m"),
+    "wait_for": lambda store: store.wait_for("m", timeout=0),
+    "tag": lambda store: store.tag("m", "old", 1),
+    "remove_tag": lambda store: store.remove_tag("m", "old"),
+    "remove_model": lambda store: store.remove_model("m"),
+    "names": lambda store: store.names("m"),
+    "publish_names": lambda store: store.publish_names("m", None),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_a_store_answers_at_once_is_not_waited_for(service: Service, store: Store, name: str) -> None:
+    stop(service)
+    with pytest.raises(StoreSilent, match="stopped or overloaded") as caught:
+        ASKED[name](store)
+    assert caught.value.details["socket"] == service.socket
+    go_on(service, store)
+    assert store.status().leases == []  # what came late is given back
+
+
+def test_a_greeting_that_is_not_answered_is_given_up(tmp_path: Path) -> None:
+    """The store came back, says hello, and hangs when leases are to be renewed: others must not wait."""
+    arena = FakeArena()
+    fake = FakeStore(tmp_path / "s", arena)
+    fake.answers[wire.OpenLease] = lambda r: wire.LeaseGranted(
+        id=r.id, lease=1, version=1, records=wire.encode_records([])
+    )
+    fake.answers[wire.RenewLease] = lambda r: None
+    store = weightstore.connect(fake.path, timeout=PATIENCE)
+    lease = store.lease("m", follow=True)
+    fake.lose(store.link)
+    fake.wait(wire.RenewLease)
+    with pytest.raises(StoreGone, match="did not answer RenewLease"):
+        store.status()
+    parking = threading.Thread(target=lease.park)
+    parking.start()
+    parking.join(20)
+    assert not parking.is_alive() and lease.parked
+    store.close()
+    fake.stop()
+    arena.close()

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from weightstore import wire
 from weightstore.casts import Cast, check_mode
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from weightstore.names import NameMap
 
+R = TypeVar("R", bound=wire.Reply)
+
 PATIENCE = 5.0
 """Seconds a store has to answer the greeting, and to answer late where it keeps time itself."""
 
@@ -40,8 +42,7 @@ def connect(path: str | os.PathLike[str] | None = None, timeout: float = PATIENC
 
     Args:
         path: the store's Unix socket.
-        timeout: seconds the store has to answer, now and later to what it answers at once. Where nobody
-            listens, this fails at once.
+        timeout: seconds the store has to answer. Where nobody listens, this fails at once.
 
     Raises:
         StoreGone: no store there.
@@ -64,7 +65,8 @@ class Store:
     When the store goes away, requests raise StoreGone after one attempt to reach it again; while leases
     are held, a background thread reconnects and renews them. Mapped weights stay readable throughout.
 
-    Every method that asks the store may raise StoreGone, and UsageError once closed.
+    Every method that asks the store may raise StoreGone, StoreSilent (it is connected and has not answered
+    for half a minute), and UsageError once closed.
 
     Attributes:
         socket: path of the store's socket.
@@ -195,17 +197,25 @@ class Store:
         That is room in the arena for a second version of them, for which the host's memory is taken now; and
         for a trainer with its tensors on a CUDA `device` the registering of both places with the driver, in
         this process, by a thread in the background. Call it once, when the model has a version, in the
-        process that will put. Readers notice nothing. It is of no use to in-place refits.
+        process that will put: it opens a refit and gives it up. Readers notice nothing. It is of no use to
+        in-place refits.
 
         Returns:
             Bytes that a version of the components takes.
 
         Raises:
             UnknownModel: it has no version yet.
-            RefitConflict: a refit of the tag is open, which has its room.
+            RefitConflict: a refit of the tag is open, which has its room, or is being prepared.
             ArenaFull: there is no room for a second version.
-            UsageError, CoverageError: components that do not exist, as in `refit`.
+            UnknownTag, TagTorn, CoverageError, UsageError: as in `refit`; and no such device.
         """
+        if device is not None:
+            import torch
+
+            try:
+                device = torch.device(device)
+            except RuntimeError as error:
+                raise UsageError(f"no device {device!r}: {error}") from None
         with self.refit(model, tag, components=components) as refit:
             if not refit.base:
                 raise UnknownModel(f"model {model!r} has no version yet; prepare once it has", model=model)
@@ -231,7 +241,7 @@ class Store:
 
     def status(self) -> wire.Status:
         """Models, versions, tags, leases, refits and arena use."""
-        return self.link.connect().request(wire.GetStatus(id=0), wire.Status)
+        return self._ask(wire.GetStatus(id=0), wire.Status)
 
     def models(self) -> list[str]:
         """Those that have a version."""
@@ -259,7 +269,7 @@ class Store:
         """
         request = wire.WaitFor(id=0, model=model, tag=tag, after=after, timeout=timeout)
         if timeout == 0:
-            return self.link.connect().request(request, wire.VersionIs, timeout=self.link.patience).version
+            return self._ask(request, wire.VersionIs).version
         late = None if timeout is None else timeout + self.link.patience
         with self.link.separate() as connection:
             return connection.request(request, wire.VersionIs, timeout=late).version
@@ -275,12 +285,12 @@ class Store:
         # Leased meanwhile, so that the version cannot be freed between looking it up and naming it.
         with self.lease(model, source, version=number) as snapshot:
             request = wire.SetTag(id=0, model=model, tag=tag, version=snapshot.version)
-            self.link.connect().request(request, wire.Done)
+            self._ask(request, wire.Done)
             return snapshot.version
 
     def remove_tag(self, model: str, tag: str) -> None:
         """Raises UnknownModel, UnknownTag, RefitConflict."""
-        self.link.connect().request(wire.RemoveTag(id=0, model=model, tag=tag), wire.Done)
+        self._ask(wire.RemoveTag(id=0, model=model, tag=tag), wire.Done)
 
     def remove_model(self, model: str) -> None:
         """Remove all tags of `model` and its name map; leased versions stay until released.
@@ -288,7 +298,7 @@ class Store:
         Raises:
             UnknownModel, RefitConflict.
         """
-        self.link.connect().request(wire.RemoveModel(id=0, model=model), wire.Done)
+        self._ask(wire.RemoveModel(id=0, model=model), wire.Done)
 
     def publish_names(self, model: str, names: NameMap | None) -> None:
         """Keep `names` with `model`, for every later refit that is given no map; None takes it back.
@@ -307,7 +317,7 @@ class Store:
             from weightstore.names.published import encode_published
 
             text = encode_published(model, names)
-        self.link.connect().request(wire.PublishNames(id=0, model=model, names=text), wire.Done)
+        self._ask(wire.PublishNames(id=0, model=model, names=text), wire.Done)
 
     def names(self, model: str) -> NameMap | None:
         """The map published with `model`; None where none is, also for a model that the store lacks.
@@ -315,7 +325,7 @@ class Store:
         Raises:
             UsageError: it is of a kind that this version of weightstore cannot read.
         """
-        text = self.link.connect().request(wire.GetNames(id=0, model=model), wire.NamesAre).names
+        text = self._ask(wire.GetNames(id=0, model=model), wire.NamesAre).names
         if text is None:
             return None
         from weightstore.names.published import decode_published
@@ -353,10 +363,14 @@ class Store:
         state = "connected" if self.link.connection is not None else "not connected"
         return f"<Store at {self.socket}, {state}>"
 
+    def _ask(self, message: wire.Request, expect: type[R]) -> R:
+        """What a store answers at once."""
+        return self.link.connect().request(message, expect, timeout=self.link.patience)
+
     def _greet(self, connection: Connection, same_arena: bool) -> None:
         """A new connection: renew what the last one held."""
         if same_arena:
-            self._leases.renew(connection)
+            self._leases.renew(connection, self.link.timeout)
         else:
             self._leases.lose_all(
                 LeaseLost(

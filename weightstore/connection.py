@@ -220,7 +220,7 @@ class Connection:
         if not call.wait(timeout):
             raise StoreSilent(
                 f"the store at {self.peer} did not answer {type(message).__name__} within {timeout:g} s; "
-                "it is stopped or overloaded",
+                "it is stopped or overloaded. Let it go on, or end it: clients do without one that is gone",
                 socket=self.peer,
                 timeout=timeout,
             )

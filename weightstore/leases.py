@@ -43,16 +43,18 @@ class Leases:
         connection.request(
             wire.OpenLease(id=0, model=model, tag=tag, version=version, follow=follow),
             wire.LeaseGranted,
+            timeout=link.patience,
             on_reply=partial(self._granted, lease, connection),
             undo=lambda _: lease.release(),
         )
         return lease
 
-    def renew(self, connection: Connection) -> None:
+    def renew(self, connection: Connection, timeout: float) -> None:
         """Ask a store that came back to honour every lease; those it refuses are lost.
 
         Raises:
             StoreGone: it went again.
+            StoreSilent: it did not answer within `timeout` seconds.
         """
         for lease in list(self._live):
             request = lease.renewal()
@@ -60,7 +62,10 @@ class Leases:
                 continue
             try:
                 connection.request(
-                    request, wire.LeaseGranted, on_reply=partial(self._granted, lease, connection)
+                    request,
+                    wire.LeaseGranted,
+                    timeout=timeout,
+                    on_reply=partial(self._granted, lease, connection),
                 )
             except UsageError as error:
                 lease.lose(error)

@@ -26,6 +26,7 @@ from weightstore.connection import Connection, on_io_thread
 from weightstore.errors import StoreGone, StoreSilent, UsageError, WeightstoreError
 from weightstore.mapping import ArenaMapping
 
+PATIENCE: Final = 30.0
 FIRST_RETRY: Final = 0.05
 LAST_RETRY: Final = 1.0
 """Seconds between attempts to reconnect: doubled from the first to the last, less up to half at random,
@@ -37,12 +38,17 @@ class Link:
 
     Args:
         path: the store's socket.
-        timeout: seconds a store has to accept and to answer the greeting (and, for whoever asks `patience`,
-            other things that a store answers at once).
+        timeout: seconds a store has to accept and to answer the greeting.
         on_offer: as in `Connection`.
         greet: called with a new connection, and whether the arena is the one known before, before the
-            connection is used for anything else; may raise, and then there is no connection.
+            connection is used for anything else; may raise, and then there is no connection. Others wait for
+            it: it gives each answer `timeout` seconds.
         wanted: whether to reconnect without being asked.
+
+    Attributes:
+        timeout: as given.
+        patience: seconds that a store which is connected has for what it answers at once. Many, since one
+            that is only slow must not fail a wake.
     """
 
     def __init__(
@@ -55,7 +61,8 @@ class Link:
     ) -> None:
         self.path = path
         self.instance = secrets.token_hex(8)
-        self.patience = timeout
+        self.timeout = timeout
+        self.patience = PATIENCE
         self._on_offer = on_offer
         self._greet = greet
         self._wanted = wanted
@@ -191,6 +198,9 @@ class Link:
                 os.close(fd)
             self._welcome = welcome
             self._greet(connection, same)
+        except StoreSilent as error:
+            connection.close()
+            raise StoreGone(error.message, **error.details) from None
         except BaseException:
             connection.close()
             raise
@@ -205,10 +215,10 @@ class Link:
         on_lost: Callable[[Connection, WeightstoreError], None],
         instance: str,
     ) -> tuple[Connection, wire.Welcome, int]:
-        connection = Connection.open(self.path, self.patience, on_offer, on_lost)
+        connection = Connection.open(self.path, self.timeout, on_offer, on_lost)
         hello = wire.Hello(id=0, protocol=wire.PROTOCOL, client=client_name(), instance=instance)
         try:
-            welcome, fd = connection.request_fd(hello, wire.Welcome, timeout=self.patience)
+            welcome, fd = connection.request_fd(hello, wire.Welcome, timeout=self.timeout)
         except StoreSilent as error:
             connection.close()
             raise StoreGone(error.message, **error.details) from None

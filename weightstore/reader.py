@@ -97,6 +97,8 @@ class Lease:
         self._mapping: ArenaMapping | None = None
         self._offer: Offered | None = None
         self._parked = False
+        self._wanted = False
+        """Whether the owner wants it parked: he may have given up waiting for the store's answer."""
         self._torn = False
         self._released = False
         self._lost: WeightstoreError | None = None
@@ -134,7 +136,8 @@ class Lease:
 
     @property
     def parked(self) -> bool:
-        return self._parked
+        """Also if the store has not answered yet."""
+        return self._parked or self._wanted
 
     @property
     def torn(self) -> bool:
@@ -204,22 +207,23 @@ class Lease:
 
     def park(self) -> None:
         """Promise to read no bytes until `unpark`. From now on offers are taken at once, and an in-place
-        refit may overwrite the version. Works while the store is away (it is told when it returns), or does
-        not answer in the time that `connect` was given.
+        refit may overwrite the version. Works while the store is away (it is told when it returns).
 
         Raises:
             UsageError: the lease follows no tag.
             LeaseLost: released, or no longer honoured.
+            StoreSilent: the store is connected and hangs; the lease is parked once it goes on.
         """
         self._park_or_unpark(parked=True)
 
     def unpark(self) -> None:
-        """Read again, from the newest version; one round trip. With the store away, or stopped: from the
-        newest it told of, which cannot have changed since. A stopped store that goes on later may move the
-        lease on from that then: who copies without locks looks at `version` again afterwards.
+        """Read again, from the newest version; one round trip. With the store away: from the newest it
+        told of, which cannot have changed since.
 
         Raises:
             TagTorn: an in-place refit overwrote the bytes and has not committed; still parked.
+            StoreSilent: the store is connected and hangs, and what it promised to others is not known; still
+                parked.
             LeaseLost, UsageError: as `park`.
         """
         self._park_or_unpark(parked=False)
@@ -270,6 +274,16 @@ class Lease:
             )
         with self._lock:
             self._require_live()
+            self._wanted = parked
+        try:
+            self._have_parked(parked)
+        except BaseException:
+            if not parked:
+                self._stay_parked()
+            raise
+
+    def _have_parked(self, parked: bool) -> None:
+        """Have the store's answer, or the decision taken here while it is away."""
         while True:
             try:
                 connection = self._link.connect()
@@ -283,12 +297,10 @@ class Lease:
                     wire.LeaseState,
                     timeout=self._link.patience,
                     on_reply=partial(self._parking_answered, connection, parked),
+                    undo=None if parked else partial(self._answered_too_late, connection),
                 )
-            except StoreSilent as error:
-                # It is connected and hangs: what it has promised still holds, and what it answers once it
-                # goes on is heeded then.
-                _log.warning("going on without the store: %s", error)
-                self._park_alone(parked)
+            except StoreSilent:
+                raise
             except (CircumstanceError, ProtocolError):
                 # Decided while no connection can be made, so that a renewal tells the store what holds.
                 if not self._link.while_down(lambda: self._park_alone(parked)):
@@ -303,6 +315,28 @@ class Lease:
                 if not self._parked:
                     return
             # It was torn when the store answered, so the lease is parked still, and whole by now: once more.
+
+    def _stay_parked(self) -> None:
+        """Unparking failed, or nobody waits for it any more."""
+        with self._lock:
+            self._wanted = True
+            if not self._parked:
+                self._park_again()
+
+    def _answered_too_late(self, connection: Connection, state: wire.LeaseState) -> None:
+        """On the I/O thread: the store has unparked it, and who asked for that has given up."""
+        with self._lock:
+            if self._wanted and self._held_by is not None and self._held_by[0] is connection:
+                self._park_again()
+
+    def _park_again(self) -> None:
+        """The lock is held, so that whoever unparks it next sends that after this."""
+        self._parked = True
+        if self._held_by is not None:
+            connection, number = self._held_by
+            connection.post(
+                wire.ParkLease(id=0, lease=number, parked=True), wire.LeaseState, on_failed=self.lose
+            )
 
     def _park_alone(self, parked: bool) -> None:
         with self._lock:
@@ -423,6 +457,7 @@ class Lease:
                 return None
             self._offer = None
             self._held_by = None
+            self._parked = self.parked  # what was asked of a store that did not answer holds from here
             return wire.RenewLease(
                 id=0,
                 model=self.model,
@@ -456,7 +491,7 @@ class Lease:
 
     def _require_readable(self) -> None:
         self._require_whole()
-        if self._parked:
+        if self.parked:
             raise UsageError(
                 f"the lease on {self.model!r} tag {self.tag!r} is parked, its bytes may change; call unpark()"
             )

@@ -20,7 +20,7 @@ import msgspec
 from weightstore import wire
 from weightstore.casts import Cast
 from weightstore.connection import Connection
-from weightstore.errors import DeviceError, StoreGone
+from weightstore.errors import DeviceError, StoreGone, StoreSilent
 from weightstore.link import Link
 from weightstore.trainer import Refit
 
@@ -76,6 +76,7 @@ class Refits:
 
         Raises:
             StoreGone: it went again.
+            StoreSilent: it does not answer.
         """
         with self._lock:
             gone = [refit for refit in self._open if refit.lost]
@@ -92,7 +93,7 @@ class Refits:
                 _log.error("copies into a lost refit failed: %s", error)
         with self._lock:
             self._open.difference_update(refit for refit in landed if not refit.viewed)
-        self._promise(connection)
+        self._promise(connection, self._link.timeout)
 
     def _forget(self, refit: Refit) -> None:
         """`refit` has ended and its owner knows."""
@@ -101,17 +102,17 @@ class Refits:
         connection = self._link.connection
         if connection is not None:
             try:
-                self._promise(connection)
-            except StoreGone:
+                self._promise(connection, self._link.patience)
+            except (StoreGone, StoreSilent):
                 pass  # still owed: the next connection's greeting sees to it
 
-    def _promise(self, connection: Connection) -> None:
+    def _promise(self, connection: Connection, timeout: float) -> None:
         with self._lock:
             if not self._owed or any(refit.lost for refit in self._open):
                 return
             self._owed = False
         try:
-            connection.request(wire.Drained(id=0), wire.Done)
+            connection.request(wire.Drained(id=0), wire.Done, timeout=timeout)
         except BaseException:
             self._owed = True
             raise

@@ -27,6 +27,7 @@ from weightstore.errors import (
     RefitClosed,
     RefitConflict,
     UnknownModel,
+    UnknownTag,
     UsageError,
     VersionInUse,
 )
@@ -68,16 +69,14 @@ class Catalog:
 
     # -- refits ------------------------------------------------------------------------------------
 
-    def _refuse_parts_of_nothing(self, name: str) -> None:
+    def _refuse_parts_of_nothing(self, name: str) -> UsageError:
         """Far likelier a mistyped name than a model's beginning."""
+        how = "a new model is begun with all of its components (without components=), or with fresh=True"
         try:
             self.models.get(name)
         except UnknownModel as error:
-            raise UnknownModel(
-                f"{error.message}; a new model is begun with all of its components (without components=), or "
-                "with fresh=True",
-                **error.details,
-            ) from None
+            return UnknownModel(f"{error.message}; {how}", **error.details)
+        return UnknownTag(f"no tag of model {name!r} is left to take the other components from; {how}")
 
     def open_refit(self, request: OpenRefit, peer: Peer, now: float) -> Refit:
         """Begin a refit, or join the one with the same key.
@@ -99,7 +98,7 @@ class Catalog:
             if request.base is not None:
                 self.models.get(request.model)
             elif request.components:
-                self._refuse_parts_of_nothing(request.model)
+                raise self._refuse_parts_of_nothing(request.model)
         check_declaration(request, model, base)
         refit = Refit(self._number(), request.model, request.tag, base, request, now)
         refit.names = model.names if model is not None else None

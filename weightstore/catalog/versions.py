@@ -134,8 +134,9 @@ class Model:
         if not self.tags:
             return None
         known = ", ".join(sorted(self.tags))
+        neither = f"no tag {tag!r}" if tag == DEFAULT_TAG else f"neither a tag {tag!r} nor {DEFAULT_TAG!r}"
         raise UnknownTag(
-            f"model {self.name!r} has neither a tag {tag!r} nor {DEFAULT_TAG!r} to start from; say which "
+            f"model {self.name!r} has {neither} to start from; say which "
             f"version is the base (base=…); its tags: {known}",
             model=self.name,
             tag=tag,

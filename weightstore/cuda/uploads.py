@@ -88,17 +88,16 @@ class Uploads:
                     found[number] = equal
         return found
 
-    def pin_ahead(self, device: torch.device | str, ranges: Iterable[tuple[int, int]]) -> None:
+    def pin_ahead(self, device: torch.device, ranges: Iterable[tuple[int, int]]) -> None:
         """Have a background thread pin the windows of these (offset, nbytes) ranges for copies from `device`;
         does nothing for a device that is not CUDA's."""
         import torch
 
-        asked = torch.device(device)
-        if asked.type != "cuda":
+        if device.type != "cuda":
             return
         # With its number, as tensors' devices are, so that their puts find this uploader.
         current = torch.cuda.current_device() if torch.cuda.is_available() else 0
-        chosen = torch.device("cuda", current if asked.index is None else asked.index)
+        chosen = torch.device("cuda", current if device.index is None else device.index)
         with self._lock:
             uploader = self._uploader(chosen)
             if uploader is not None:
