@@ -24,9 +24,9 @@ from typing import Any, Final
 
 import torch
 
+from bench.rl_step.roles import taken
+
 PREFIX: Final = "transformer."
-PATIENCE: Final = 120.0
-"""Seconds to try for device memory that another process is giving back."""
 ENDING: Final = 5.0
 """Seconds to wait for an engine to let go of buckets."""
 SLACK: Final = 1 << 20
@@ -135,23 +135,8 @@ class Trainer:
 
     def take(self, nbytes: int) -> dict[str, Any]:
         """Get the device memory that a step needs, as soon as it is there."""
-        began = time.perf_counter()
-        tries = 0
-        while True:
-            tries += 1
-            try:
-                self._workspace = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-                break
-            except torch.OutOfMemoryError:
-                self._give_back()
-                if time.perf_counter() - began > PATIENCE:
-                    free, total = torch.cuda.mem_get_info()
-                    raise RuntimeError(
-                        f"it did not get {nbytes} bytes in {PATIENCE:g} s: {free} of {total} are free"
-                    ) from None
-                time.sleep(0.002)
-        self._wait()
-        return {"tries": tries}
+        self._workspace = taken(nbytes, self.device, self._give_back)
+        return {"bytes": nbytes}
 
     def step(self, number: int) -> dict[str, Any]:
         """The weights of that step; the memory taken for it is given back."""

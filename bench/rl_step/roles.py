@@ -13,10 +13,13 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from typing import IO, Any
+from collections.abc import Callable, Iterator
+from typing import IO, Any, Final
 
 import torch
+
+PATIENCE: Final = 120.0
+"""Seconds to try for device memory that another process is giving back."""
 
 
 class Answers:
@@ -70,6 +73,26 @@ def give_back(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+
+
+def taken(nbytes: int, device: str, more: Callable[[], None]) -> torch.Tensor:
+    """Memory of the device, as soon as it is there: another process is giving it back, and `more` gives back
+    what this one keeps for later."""
+    began = time.perf_counter()
+    while True:
+        try:
+            found = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            break
+        except torch.OutOfMemoryError:
+            more()
+            if time.perf_counter() - began > PATIENCE:
+                free, total = torch.cuda.mem_get_info()
+                raise RuntimeError(
+                    f"it did not get {nbytes} bytes in {PATIENCE:g} s: {free} of {total} are free"
+                ) from None
+            time.sleep(0.002)
+    wait_for_device(device)
+    return found
 
 
 @contextlib.contextmanager

@@ -22,14 +22,21 @@ import torch
 from torch import nn
 
 from bench.rl_step import buckets, models
-from bench.rl_step.roles import Answers, clocked, configuration, give_back, prepare, wait_for_device
+from bench.rl_step.roles import (
+    PATIENCE,
+    Answers,
+    clocked,
+    configuration,
+    give_back,
+    prepare,
+    taken,
+    wait_for_device,
+)
 
 LAYERS: Final = 12
 """How many linear layers AdamW trains: the last queries, keys and values of the transformer."""
 DECAY: Final = 0.99
 """More than a bfloat16's last place, so that decay changes every weight."""
-PATIENCE: Final = 120.0
-"""Seconds to try for device memory that another process is giving back."""
 
 
 class Trainer:
@@ -65,23 +72,8 @@ class Trainer:
 
     def take(self, nbytes: int) -> dict[str, Any]:
         """Get the device memory that the step needs, as soon as it is there."""
-        began = time.perf_counter()
-        tries = 0
-        while True:
-            tries += 1
-            try:
-                self._workspace = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-                break
-            except torch.OutOfMemoryError:
-                give_back(self.device)
-                if time.perf_counter() - began > PATIENCE:
-                    free, total = torch.cuda.mem_get_info()
-                    raise RuntimeError(
-                        f"it did not get {nbytes} bytes in {PATIENCE:g} s: {free} of {total} are free"
-                    ) from None
-                time.sleep(0.002)
-        wait_for_device(self.device)
-        return {"tries": tries}
+        self._workspace = taken(nbytes, self.device, lambda: give_back(self.device))
+        return {"bytes": nbytes}
 
     def step(self, number: int) -> dict[str, Any]:
         """The optimizer's step of that number; the memory taken for it is given back."""
