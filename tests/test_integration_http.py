@@ -765,4 +765,4 @@ def test_the_page_says_what_happens(
             assert (status, body) == (200, {"version": 1, "pixels": [1, 3, 16, 16]})
 
         monkeypatch.setattr("uvicorn.run", serve)
-        assert run_page(DOCS / "integrations" / "http.md", namespace, tmp_path, json_as="") == 3
+        assert run_page(DOCS / "integrations" / "http.md", namespace, tmp_path, json_as="") == 5
