@@ -15,7 +15,7 @@ from bench.rows import Goal, Row, clock
 from bench.settings import Settings
 from bench.waiting import Quiet
 from weightstore.client import connect
-from weightstore.errors import StoreGone
+from weightstore.errors import StoreGone, StoreSilent
 
 GOAL = Goal(0.5, at_least=False)
 HEAVY = ("torch", "numpy")
@@ -69,7 +69,7 @@ def _first_answer(socket: str, service: subprocess.Popen[bytes], began: float) -
             with connect(socket) as store:
                 store.status()
             return
-        except StoreGone:
+        except (StoreGone, StoreSilent):
             if service.poll() is not None or time.perf_counter() - began > _PATIENCE:
                 raise
         time.sleep(_POLL)

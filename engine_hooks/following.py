@@ -146,7 +146,7 @@ class Following:
         self._lease.unpark()
         try:
             return self._fitting()
-        except AttachError:
+        except BaseException:
             self.park()
             raise
 

@@ -13,7 +13,7 @@ from fake_store import PATIENCE, FakeArena, FakeStore
 from weightstore import link as link_module
 from weightstore import wire
 from weightstore.connection import Connection
-from weightstore.errors import AccessDenied, ArenaUnusable, ProtocolError, StoreGone, UsageError
+from weightstore.errors import AccessDenied, ArenaUnusable, ProtocolError, StoreGone, StoreSilent, UsageError
 from weightstore.link import Link, client_name
 
 
@@ -124,10 +124,10 @@ def test_requests_with_nobody_there_fail_after_one_attempt(fake: FakeStore, watc
     watched.link.connect()
 
 
-def test_a_store_that_does_not_answer_is_gone(fake: FakeStore) -> None:
+def test_a_store_that_does_not_answer_the_greeting_is_silent(fake: FakeStore) -> None:
     fake.answers[wire.Hello] = lambda r: None
     watched = Watched(fake.path, timeout=0.05)
-    with pytest.raises(StoreGone, match=r"did not answer Hello.*stopped or overloaded"):
+    with pytest.raises(StoreSilent, match=r"did not answer Hello.*stopped or overloaded"):
         watched.link.connect()
     watched.link.close()
 

@@ -24,7 +24,7 @@ import weightstore
 from engine_hooks import EngineHook, State
 from weightstore import wire
 from weightstore.client import Store
-from weightstore.errors import StoreGone, StoreSilent, TagTorn
+from weightstore.errors import StoreSilent, TagTorn
 
 PATIENCE = 0.05
 
@@ -219,24 +219,83 @@ def test_what_a_store_answers_at_once_is_not_waited_for(service: Service, store:
     assert store.status().leases == []  # what came late is given back
 
 
-def test_a_greeting_that_is_not_answered_is_given_up(tmp_path: Path) -> None:
-    """The store came back, says hello, and hangs when leases are to be renewed: others must not wait."""
+def granted(request: wire.OpenLease | wire.RenewLease) -> wire.LeaseGranted:
+    return wire.LeaseGranted(id=request.id, lease=1, version=1, records=wire.encode_records([]))
+
+
+@pytest.fixture
+def scripted(tmp_path: Path) -> Iterator[tuple[FakeStore, Store]]:
+    """A store that answers when it is told to, and a client with little patience."""
     arena = FakeArena()
     fake = FakeStore(tmp_path / "s", arena)
-    fake.answers[wire.OpenLease] = lambda r: wire.LeaseGranted(
-        id=r.id, lease=1, version=1, records=wire.encode_records([])
-    )
-    fake.answers[wire.RenewLease] = lambda r: None
+    fake.answers[wire.OpenLease] = granted
     store = weightstore.connect(fake.path, timeout=PATIENCE)
-    lease = store.lease("m", follow=True)
-    fake.lose(store.link)
-    fake.wait(wire.RenewLease)
-    with pytest.raises(StoreGone, match="did not answer RenewLease"):
-        store.status()
-    parking = threading.Thread(target=lease.park)
-    parking.start()
-    parking.join(20)
-    assert not parking.is_alive() and lease.parked
+    store.link.patience = PATIENCE
+    yield fake, store
     store.close()
     fake.stop()
     arena.close()
+
+
+def test_a_greeting_that_is_not_answered_is_given_up(scripted: tuple[FakeStore, Store]) -> None:
+    """The store came back, says hello, and hangs when leases are to be renewed: others must not wait."""
+    fake, store = scripted
+    fake.answers[wire.RenewLease] = lambda r: None
+    lease = store.lease("m", follow=True)
+    fake.lose(store.link)
+    fake.wait(wire.RenewLease)
+    with pytest.raises(StoreSilent, match="did not answer RenewLease"):
+        store.status()
+    with pytest.raises(StoreSilent):
+        lease.park()
+    assert lease.parked
+    with pytest.raises(StoreSilent):
+        lease.unpark()  # it lives, and who knows what it lets others do
+    fake.answers[wire.RenewLease] = granted
+    fake.answers[wire.ParkLease] = lambda r: state(r)
+    lease.unpark()
+    assert fake.of(wire.RenewLease)[-1].parked and not lease.parked
+
+
+def state(request: wire.ParkLease) -> wire.LeaseState:
+    return wire.LeaseState(id=request.id, version=1, torn=False, records=wire.encode_records(None))
+
+
+def test_an_unparking_that_is_answered_too_late_is_undone_before_the_next(
+    scripted: tuple[FakeStore, Store],
+) -> None:
+    fake, store = scripted
+    asked: list[wire.ParkLease] = []
+    fake.answers[wire.ParkLease] = lambda r: state(r) if r.parked else asked.append(r)  # type: ignore[func-returns-value]
+    lease = store.lease("m", follow=True)
+    lease.park()
+    with pytest.raises(StoreSilent):
+        lease.unpark()
+    fake.push(state(asked[0]))
+    fake.wait(wire.ParkLease, 3)
+    assert [request.parked for request in fake.of(wire.ParkLease)] == [True, False, True] and lease.parked
+    fake.answers[wire.ParkLease] = state
+    lease.unpark()
+    assert not lease.parked and not fake.of(wire.ParkLease)[-1].parked
+
+
+def test_an_offer_is_not_answered_behind_an_unparking(scripted: tuple[FakeStore, Store]) -> None:
+    """Which makes it void: the store could take the answer for that of a later offer of the same version."""
+    fake, store = scripted
+    asked: list[wire.ParkLease] = []
+    fake.answers[wire.ParkLease] = lambda r: asked.append(r)  # type: ignore[func-returns-value]
+    lease = store.lease("m", follow=True)
+    fake.push(wire.Offer(lease=1, version=2, torn=False, records=wire.encode_records([])))
+    with pytest.raises(StoreSilent):
+        lease.park()
+    assert lease.pending == 2
+    store.link.patience = 20.0
+    unparking = threading.Thread(target=lease.unpark)
+    unparking.start()
+    fake.wait(wire.ParkLease, 2)
+    fake.push(state(asked[0]))
+    fake.push(state(asked[1]))
+    unparking.join(20)
+    assert (lease.version, lease.parked, lease.pending) == (1, False, None)
+    store.link.connect().request(wire.Drained(id=0), wire.Done)
+    assert fake.of(wire.TakeOffer) == []

@@ -46,6 +46,7 @@ def connect(path: str | os.PathLike[str] | None = None, timeout: float = PATIENC
 
     Raises:
         StoreGone: no store there.
+        StoreSilent: one that does not answer.
         AccessDenied: it serves another user.
         UsageError: a path no socket can have.
         ProtocolError, ArenaUnusable: another version of weightstore, or no store at all.

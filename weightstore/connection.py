@@ -186,7 +186,7 @@ class Connection:
 
         `on_failed` is called on the I/O thread if the store refuses; without it a refusal is logged.
         """
-        with contextlib.suppress(StoreGone):
+        with contextlib.suppress(StoreGone, ProtocolError):  # whatever ended the connection
             self._send(message, Call(expect, None, on_failed or _log_refusal, None, posted=True))
 
     def close(self) -> None:

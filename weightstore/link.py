@@ -23,7 +23,7 @@ from typing import Final
 
 from weightstore import wire
 from weightstore.connection import Connection, on_io_thread
-from weightstore.errors import StoreGone, StoreSilent, UsageError, WeightstoreError
+from weightstore.errors import StoreGone, UsageError, WeightstoreError
 from weightstore.mapping import ArenaMapping
 
 PATIENCE: Final = 30.0
@@ -99,7 +99,8 @@ class Link:
         """The live connection; if there is none, one attempt to make it.
 
         Raises:
-            StoreGone: nobody answers.
+            StoreGone: nobody is there.
+            StoreSilent: somebody is there and does not answer.
             AccessDenied, ProtocolError, ArenaUnusable: who answers is no store for us.
             UsageError: closed, in a fork of the process that opened it, or on a connection's thread.
         """
@@ -198,9 +199,6 @@ class Link:
                 os.close(fd)
             self._welcome = welcome
             self._greet(connection, same)
-        except StoreSilent as error:
-            connection.close()
-            raise StoreGone(error.message, **error.details) from None
         except BaseException:
             connection.close()
             raise
@@ -219,9 +217,6 @@ class Link:
         hello = wire.Hello(id=0, protocol=wire.PROTOCOL, client=client_name(), instance=instance)
         try:
             welcome, fd = connection.request_fd(hello, wire.Welcome, timeout=self.timeout)
-        except StoreSilent as error:
-            connection.close()
-            raise StoreGone(error.message, **error.details) from None
         except BaseException:
             connection.close()
             raise

@@ -24,7 +24,7 @@ import posix_ipc
 
 import weightstore
 from weightstore.client import Store, connect
-from weightstore.errors import StoreGone
+from weightstore.errors import StoreGone, StoreSilent
 from weightstore.paths import MAX_SOCKET_PATH, SOCKET_NAME, arena_name
 
 START_PATIENCE: Final = 30.0
@@ -108,7 +108,7 @@ class _Child:
         while True:
             try:
                 return connect(self._socket)
-            except StoreGone:
+            except (StoreGone, StoreSilent):
                 code = self._process.poll()
                 if code is not None:
                     raise self._failed(f"ended with exit code {code}") from None

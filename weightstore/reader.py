@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType, TracebackType
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -45,6 +45,9 @@ from weightstore.snapshot import Snapshot
 from weightstore.types import TensorRecord
 
 _log = logging.getLogger("weightstore")
+
+ATTEMPTS: Final = 5
+"""How often a lease is parked or unparked anew whose connections end one after another."""
 
 
 class Offered(NamedTuple):
@@ -283,10 +286,14 @@ class Lease:
             raise
 
     def _have_parked(self, parked: bool) -> None:
-        """Have the store's answer, or the decision taken here while it is away."""
+        """Have the store's answer, or the decision taken here while there is no store."""
+        attempts = 0
         while True:
+            attempts += 1
+            reached = False
             try:
                 connection = self._link.connect()
+                reached = True
                 with self._lock:
                     self._require_live()
                     held_by = self._held_by
@@ -297,11 +304,14 @@ class Lease:
                     wire.LeaseState,
                     timeout=self._link.patience,
                     on_reply=partial(self._parking_answered, connection, parked),
-                    undo=None if parked else partial(self._answered_too_late, connection),
                 )
             except StoreSilent:
                 raise
             except (CircumstanceError, ProtocolError):
+                if reached:  # a connection that ended says nothing of the store: it may live, and be asked
+                    if attempts == ATTEMPTS:
+                        raise
+                    continue
                 # Decided while no connection can be made, so that a renewal tells the store what holds.
                 if not self._link.while_down(lambda: self._park_alone(parked)):
                     continue
@@ -312,7 +322,7 @@ class Lease:
                 if parked:
                     return
                 self._require_whole()
-                if not self._parked:
+                if not self._parked or self._wanted:
                     return
             # It was torn when the store answered, so the lease is parked still, and whole by now: once more.
 
@@ -323,25 +333,31 @@ class Lease:
             if not self._parked:
                 self._park_again()
 
-    def _answered_too_late(self, connection: Connection, state: wire.LeaseState) -> None:
-        """On the I/O thread: the store has unparked it, and who asked for that has given up."""
-        with self._lock:
-            if self._wanted and self._held_by is not None and self._held_by[0] is connection:
-                self._park_again()
-
     def _park_again(self) -> None:
         """The lock is held, so that whoever unparks it next sends that after this."""
         self._parked = True
+        self._take_parked()
         if self._held_by is not None:
             connection, number = self._held_by
             connection.post(
                 wire.ParkLease(id=0, lease=number, parked=True), wire.LeaseState, on_failed=self.lose
             )
 
+    def _take_parked(self) -> None:
+        """A parked lease takes its offer at once. The lock is held, as for `_park_again`."""
+        offer = self._offer
+        if offer is None:
+            return
+        self._take(offer)
+        if self._held_by is not None:
+            connection, number = self._held_by
+            message = wire.TakeOffer(id=0, lease=number, version=offer.version)
+            connection.post(message, wire.Done, on_failed=self.lose)
+
     def _park_alone(self, parked: bool) -> None:
         with self._lock:
             self._require_live()
-            if parked and self._offer is not None:
+            if self._offer is not None:
                 self._take(self._offer)
             self._parked = parked or self._torn
 
@@ -350,24 +366,17 @@ class Lease:
         with self._lock:
             if self._held_by is None or self._held_by[0] is not connection:
                 return
-            number, offer = self._held_by[1], self._offer
             if parked:
                 self._parked = True
-                if offer is not None:
-                    self._take(offer)
-            else:
-                self._offer = offer = None
-                self._move(state.version, state.torn, _decoded(state.records))
-                self._parked = state.torn
-        if parked and offer is not None:
-            connection.post(
-                wire.TakeOffer(id=0, lease=number, version=offer.version), wire.Done, on_failed=self.lose
-            )
-        if state.torn and not parked:
-            # Unparking failed; the store is to go on as with any sleeping holder.
-            connection.post(
-                wire.ParkLease(id=0, lease=number, parked=True), wire.LeaseState, on_failed=self.lose
-            )
+                if self._wanted:  # else an unparking is on its way, which makes the offer void
+                    self._take_parked()
+                return
+            self._offer = None
+            self._move(state.version, state.torn, _decoded(state.records))
+            self._parked = state.torn
+            if self._wanted or state.torn:
+                # Nobody waits for it any more, or it failed: the store is to go on as with any sleeper.
+                self._park_again()
 
     # -- moving ------------------------------------------------------------------------------------
 
