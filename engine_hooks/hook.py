@@ -173,7 +173,8 @@ class EngineHook:
     def sleep(self, tags: Iterable[str] | None = None, *, drain_timeout: float | None = None) -> SleepReport:
         """Give the device memory of all components back, or of those named. Weights are not copied.
 
-        Weights that were only moved since (to another memory order) are put back where they belong.
+        Weights that were only moved since (to another memory order) are put back where they belong. A store
+        that hangs is waited for, half a minute, once the memory is given back.
 
         Raises:
             EngineBusy: generations were still running after the timeout; nothing changed.

@@ -62,9 +62,10 @@ class OpenRefit(_Request, frozen=True, kw_only=True):
 
     `components` None means every component; with `partial` any subset of the named components'
     tensors may be written. `extend` permits names the base version lacks. `base` None means the
-    tag's own version, else `latest`; a model without versions has no base, nor has a `fresh` refit:
-    its version holds exactly the tensors it reserves and writes. With `skip_unchanged` no place is
-    reserved for what is declared: writers reserve one for what changed, and say of the rest that it is kept.
+    tag's own version, else `latest`. A model without versions has no base, and then `components` may be
+    named only by a `fresh` refit, which has none either: its version holds exactly the tensors it reserves
+    and writes. With `skip_unchanged` no place is reserved for what is declared: writers reserve one for
+    what changed, and say of the rest that it is kept.
     """
 
     model: str

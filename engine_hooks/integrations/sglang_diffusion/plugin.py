@@ -61,8 +61,8 @@ class Plugin:
         finally:
             self._loading.close()
             self._loading = None
-        # What a start leaves behind (800,000 objects) stays for the process's life. Unless the collector is
-        # told so, the first release spends half a second on looking at it.
+        # What a start leaves behind, hundreds of thousands of objects, stays for the process's life. Unless
+        # the collector is told so, the first release waits for its look at all of them.
         gc.collect()
         gc.freeze()
 
