@@ -1,7 +1,7 @@
 """`python -m bench.gpu_starts --out FILE`: how a wake and a relaunch begin, below the store's level.
 
-Two questions that bench/NOTES.md leaves open. Why does the first mapping of a wake take 16 ms, however small
-it is, and what makes that shorter? Do several threads register memory faster than one?
+Three questions. Why does the first mapping of a wake take 16 ms, however small it is, and what makes that
+shorter? Do several threads register memory faster than one? What does registered memory take on the device?
 """
 
 from __future__ import annotations
@@ -31,13 +31,21 @@ STEPS = ("cuMemCreate", "cuMemMap", "cuMemRelease", "cuMemSetAccess")
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
-    results = Results(parser.parse_args().out)
+    parser.add_argument("--only", metavar="A,B", default="first,register,taken", help="some of these parts")
+    options = parser.parse_args()
+    parts = options.only.split(",")
+    results = Results(options.out)
     torch.zeros(1, device="cuda")
     results.put("machine", **device_facts())
     results.put("memory", touch_seconds=touch_memory(2 * REGISTERED))
-    _first_mappings(results, driver.device(0))
+    device = driver.device(0)
+    if "first" in parts:
+        _first_mappings(results, device)
     with raw_segment(REGISTERED) as segment:
-        _registering(results, segment, driver.device(0))
+        if "register" in parts:
+            _registering(results, segment, device)
+        if "taken" in parts:
+            _taken(results, segment, device)
 
 
 # -- the first mapping ---------------------------------------------------------------------------------
@@ -134,6 +142,28 @@ def _registering(results: Results, segment: Any, device: driver.Device) -> None:
                         if future.exception() is None:
                             driver.call("cuMemHostUnregister", at)
                 mapping.close()
+
+
+def _taken(results: Results, segment: Any, device: driver.Device) -> None:
+    """Bytes of the device's memory that registering host memory takes: its page tables, in this context."""
+    flags = driver.api().CU_MEMHOSTREGISTER_PORTABLE
+    mapping = segment.map(True)
+    starts = range(mapping.address + DATA_OFFSET, mapping.address + DATA_OFFSET + REGISTERED, GIB)
+    free = [device.memory()[0]]
+    with device.current():
+        for start in starts:
+            driver.call("cuMemHostRegister", start, GIB, flags)
+            free.append(device.memory()[0])
+        for start in starts:
+            driver.call("cuMemHostUnregister", start)
+    after = device.memory()[0]
+    mapping.close()
+    results.put(
+        "taken",
+        registered=REGISTERED,
+        bytes_after_each_GiB=[free[0] - now for now in free[1:]],
+        bytes_after_unregistering=free[0] - after,
+    )
 
 
 if __name__ == "__main__":

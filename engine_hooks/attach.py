@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -82,6 +83,7 @@ def attach(
         # While the modules are looked at.
         records = [record for record in lease.records.values() if record.component in modules]
         backend.pin_ahead(lease.mapping, [(record.offset, record.nbytes) for record in records])
+        lease.on_places = partial(_pin_ahead, backend, lease, frozenset(modules))
         ignored = matcher(ignore)
         surveys = survey(modules, lease.records, ignored, backend.device)
         following = Following(store, lease, {name: s.layout for name, s in surveys.items()}, ignored)
@@ -119,6 +121,19 @@ def attach(
         seconds=time.perf_counter() - began,
     )
     return Attached(backend, following, components, report)
+
+
+def _pin_ahead(
+    backend: DeviceBackend,
+    lease: Lease,
+    components: frozenset[str],
+    places: Mapping[str, Sequence[tuple[int, int]]],
+) -> None:
+    """Where the next version may come to lie is prepared while it is written, or before: else the first wake
+    on it would wait. On the connection's thread."""
+    ranges = [stretch for name, stretches in places.items() if name in components for stretch in stretches]
+    if ranges:
+        backend.pin_ahead(lease.mapping, ranges)
 
 
 def check_components(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -4,7 +4,8 @@ Two implementations: `engine_hooks.host` (anonymous host memory) and `engine_hoo
 virtual memory). Both pass the tests in tests/backend_conformance.py.
 
 Lifecycle of an image: reserve → (map → unmap)* → close. The address is the same from reserve to
-close; what lies there exists only while mapped. A backend is used by one thread at a time.
+close; what lies there exists only while mapped. A backend is used by one thread at a time, but for
+`pin_ahead`.
 """
 
 from __future__ import annotations
@@ -98,8 +99,8 @@ class DeviceBackend(Protocol):
         ...
 
     def pin_ahead(self, source: ArenaMapping, ranges: Iterable[tuple[int, int]]) -> None:
-        """The first wake will copy these (offset, nbytes) ranges: whatever prepares for that and can be done
-        in the background begins now."""
+        """A wake to come will copy from these (offset, nbytes) ranges: whatever prepares for that and can be
+        done in the background begins now. May be called by any thread, and does nothing once closed."""
         ...
 
     def unmap(self, images: Sequence[Image]) -> None:

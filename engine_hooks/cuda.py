@@ -21,6 +21,7 @@ Invariants:
 from __future__ import annotations
 
 import bisect
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, cast
@@ -111,6 +112,8 @@ class CudaBackend:
         self._assist_bytes, self._assist_blocks = assist_bytes, assist_blocks
         self._images: list[CudaImage] = []
         self._source: _Source | None = None
+        self._choosing = threading.Lock()
+        """Held while `_source` changes: `pin_ahead` may be called by any thread."""
         self._closed = False
         self.transfer = Transfer(0, 0, 0, None)
 
@@ -198,22 +201,27 @@ class CudaBackend:
         return total - free
 
     def pin_ahead(self, source: ArenaMapping, ranges: Iterable[tuple[int, int]]) -> None:
-        """Register the windows of these (offset, nbytes) ranges in the background: the first wake will need
-        them, and other things may be done until then."""
-        self._check_open()
-        self._copier(source)
-        if self._source is not None:
-            self._source.arena.pin_ahead(ranges)
+        """Register the windows of these (offset, nbytes) ranges in the background. Once anything was copied
+        from an arena, those of another are left to the first copy from it."""
+        with self._choosing:
+            if self._closed:
+                return
+            if self._source is None:
+                self._source = self._open_source(source)
+            if self._source.mapping is source:
+                self._source.arena.pin_ahead(ranges)
 
     def close(self) -> None:
         if self._closed:
             return
-        self._closed = True
+        with self._choosing:
+            self._closed = True
         self._device.synchronize()
         for image in self._images:
             image.close()
         self._images.clear()
-        self._forget_source()
+        with self._choosing:
+            self._forget_source()
         self._stream.close()
         self._beside.close()
 
@@ -287,12 +295,17 @@ class CudaBackend:
 
     def _copier(self, source: ArenaMapping) -> Copier:
         """The copier for `source`; letting go of the arena before it, if that was another."""
-        if self._source is None or self._source.mapping is not source:
-            self._forget_source()
-            arena = PinnedArena.share(source, self._device)
-            self._source = _Source(source, arena, Copier(self._device, arena))
-        self._source.copier.begin()
-        return self._source.copier
+        with self._choosing:
+            if self._source is None or self._source.mapping is not source:
+                self._forget_source()
+                self._source = self._open_source(source)
+            copier = self._source.copier
+        copier.begin()
+        return copier
+
+    def _open_source(self, mapping: ArenaMapping) -> _Source:
+        arena = PinnedArena.share(mapping, self._device)
+        return _Source(mapping, arena, Copier(self._device, arena))
 
     def _forget_source(self) -> None:
         last, self._source = self._source, None

@@ -175,7 +175,7 @@ class Raw:
         self.sock.settimeout(PATIENCE)
         self.sock.connect(path)
         self.fds: list[int] = []
-        self.offers: list[wire.Offer] = []
+        self.unasked: list[wire.Unasked] = []
         self._bytes = bytearray()
         self._last_id = 0
 
@@ -217,11 +217,11 @@ class Raw:
         return self.reply(self.post(message))
 
     def reply(self, number: int) -> Any:
-        """The reply of that id; offers before it go to `offers`."""
+        """The reply of that id; what the store sends unasked before it goes to `unasked`."""
         while True:
             message = self.read()
-            if isinstance(message, wire.Offer):
-                self.offers.append(message)
+            if isinstance(message, wire.Unasked):
+                self.unasked.append(message)
             elif message.id == number:
                 return message
             elif message.id == 0:

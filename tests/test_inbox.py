@@ -79,4 +79,4 @@ def test_any_bytes_give_messages_or_a_protocol_error(data: bytes) -> None:
         messages = [message for message, _ in inbox.take(data)]
     except ProtocolError:
         return
-    assert all(isinstance(message.id, int) for message in messages if not isinstance(message, wire.Offer))
+    assert all(isinstance(message.id, int) for message in messages if not isinstance(message, wire.Unasked))

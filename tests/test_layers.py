@@ -23,6 +23,7 @@ SERVICE = PURE | {
     "arena",
     "changes",
     "checksums",
+    "foretelling",
     "listener",
     "mounts",
     "peers",

@@ -84,7 +84,7 @@ BY_NAME: Final[dict[str, st.SearchStrategy[Any]]] = {
     "model": mostly("a", "b", bad=BAD_NAMES),
     "tag": mostly("latest", "policy", bad=BAD_NAMES),
     "instance": st.sampled_from(INSTANCES),
-    "protocol": st.sampled_from([wire.PROTOCOL, wire.PROTOCOL, 0, 2, -1]),
+    "protocol": st.sampled_from([wire.PROTOCOL, wire.PROTOCOL, 0, wire.PROTOCOL + 1, -1]),
     "specs": st.lists(tensor_specs(), max_size=5)
     | st.lists(tensor_specs(), max_size=2, unique_by=lambda s: s.name),
     "writes": st.lists(

@@ -79,7 +79,7 @@ class Store:
         self.socket = socket
         self._leases = Leases()
         self.link = Link(
-            socket, timeout, on_offer=self._leases.offered, greet=self._greet, wanted=lambda: self._leases.any
+            socket, timeout, on_unasked=self._leases.said, greet=self._greet, wanted=lambda: self._leases.any
         )
         self._refits = Refits(self.link)
 

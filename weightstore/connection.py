@@ -64,7 +64,7 @@ class Connection:
     Args:
         sock: a connected stream socket; the connection owns it from here on.
         peer: how messages name the other end (the socket's path).
-        on_offer: called with each `wire.Offer`, on the I/O thread; must not block.
+        on_unasked: called with each `wire.Unasked`, on the I/O thread; must not block.
         on_lost: called once with the reason when the connection ends by itself, on the I/O thread.
         cap: the largest frame accepted, in bytes.
     """
@@ -73,14 +73,14 @@ class Connection:
         self,
         sock: socket.socket,
         peer: str,
-        on_offer: Callable[[Connection, wire.Offer], None],
+        on_unasked: Callable[[Connection, wire.Unasked], None],
         on_lost: Callable[[Connection, WeightstoreError], None],
         cap: int = wire.MAX_REPLY,
     ) -> None:
         sock.setblocking(False)
         self.peer = peer
         self._sock = sock
-        self._on_offer = on_offer
+        self._on_unasked = on_unasked
         self._on_lost = on_lost
         self._pid = os.getpid()
         self._lock = threading.Lock()
@@ -101,7 +101,7 @@ class Connection:
         cls,
         path: str,
         timeout: float,
-        on_offer: Callable[[Connection, wire.Offer], None],
+        on_unasked: Callable[[Connection, wire.Unasked], None],
         on_lost: Callable[[Connection, WeightstoreError], None],
     ) -> Connection:
         """Connect to the Unix socket at `path`.
@@ -127,7 +127,7 @@ class Connection:
                 f"`weightstore serve --socket {path}`",
                 socket=path,
             ) from None
-        return cls(sock, path, on_offer, on_lost)
+        return cls(sock, path, on_unasked, on_lost)
 
     @property
     def lost(self) -> bool:
@@ -317,8 +317,8 @@ class Connection:
             self._handle(message, fds)
 
     def _handle(self, message: wire.Reply, fds: list[int]) -> None:
-        if isinstance(message, wire.Offer):
-            self._on_offer(self, message)
+        if isinstance(message, wire.Unasked):
+            self._on_unasked(self, message)
             return
         with self._lock:
             call = self._calls.pop(message.id, None)

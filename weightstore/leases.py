@@ -1,4 +1,4 @@
-"""The live leases of one client: which one an offer is for, and renewing them with a store that came back.
+"""The live leases of one client: which one the store speaks of, and renewing them when it came back.
 
 Invariant: a lease can be found from the moment the store grants it, before anything the store sends
 afterwards is looked at, until it is released or lost.
@@ -18,7 +18,7 @@ from weightstore.reader import Lease
 
 
 class Leases:
-    """The live leases of one client: finds the one an offer is for, renews all with a returned store."""
+    """The live leases of one client: finds the one the store speaks of, renews all with a returned store."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -74,10 +74,14 @@ class Leases:
         for lease in list(self._live):
             lease.lose(error)
 
-    def offered(self, connection: Connection, offer: wire.Offer) -> None:
-        lease = self._held.get((connection, offer.lease))
-        if lease is not None:  # else it was released while the offer was on its way
-            lease.offered(connection, offer)
+    def said(self, connection: Connection, message: wire.Unasked) -> None:
+        lease = self._held.get((connection, message.lease))
+        if lease is None:  # it was released while the message was on its way
+            return
+        if isinstance(message, wire.Offer):
+            lease.offered(connection, message)
+        else:
+            lease.foretold(connection, message)
 
     def _forget(self, lease: Lease) -> None:
         with self._lock:

@@ -39,7 +39,7 @@ class Link:
     Args:
         path: the store's socket.
         timeout: seconds a store has to accept and to answer the greeting.
-        on_offer: as in `Connection`.
+        on_unasked: as in `Connection`.
         greet: called with a new connection, and whether the arena is the one known before, before the
             connection is used for anything else; may raise, and then there is no connection. Others wait for
             it: it gives each answer `timeout` seconds.
@@ -55,7 +55,7 @@ class Link:
         self,
         path: str,
         timeout: float,
-        on_offer: Callable[[Connection, wire.Offer], None],
+        on_unasked: Callable[[Connection, wire.Unasked], None],
         greet: Callable[[Connection, bool], None],
         wanted: Callable[[], bool],
     ) -> None:
@@ -63,7 +63,7 @@ class Link:
         self.instance = secrets.token_hex(8)
         self.timeout = timeout
         self.patience = PATIENCE
-        self._on_offer = on_offer
+        self._on_unasked = on_unasked
         self._greet = greet
         self._wanted = wanted
         self._connecting = threading.Lock()
@@ -188,7 +188,7 @@ class Link:
             )
 
     def _connect(self) -> Connection:
-        connection, welcome, fd = self._hello(self._on_offer, self._lost, self.instance)
+        connection, welcome, fd = self._hello(self._on_unasked, self._lost, self.instance)
         try:
             known = self._reader
             same = known is None or known.uuid == welcome.arena
@@ -209,11 +209,11 @@ class Link:
 
     def _hello(
         self,
-        on_offer: Callable[[Connection, wire.Offer], None],
+        on_unasked: Callable[[Connection, wire.Unasked], None],
         on_lost: Callable[[Connection, WeightstoreError], None],
         instance: str,
     ) -> tuple[Connection, wire.Welcome, int]:
-        connection = Connection.open(self.path, self.timeout, on_offer, on_lost)
+        connection = Connection.open(self.path, self.timeout, on_unasked, on_lost)
         hello = wire.Hello(id=0, protocol=wire.PROTOCOL, client=client_name(), instance=instance)
         try:
             welcome, fd = connection.request_fd(hello, wire.Welcome, timeout=self.timeout)

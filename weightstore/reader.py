@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Final, NamedTuple
@@ -75,6 +75,8 @@ class Lease:
             call `advance`, and must hand anything else over to another thread.
         on_records: called on that thread with the version and records of every offer, also one that a parked
             lease takes at once, before anybody can see it: to look at them while nobody waits.
+        on_places: called on that thread when a refit of the tag got places in windows where none before had
+            any, with their (offset, nbytes) by component: the next version may come to lie there.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Lease:
         self.follow = follow
         self.on_offer = on_offer
         self.on_records: Callable[[int, Mapping[str, TensorRecord]], None] | None = None
+        self.on_places: Callable[[Mapping[str, Sequence[tuple[int, int]]]], None] | None = None
         self._ended = ended
         self._link = link
         self._lock = threading.Lock()
@@ -447,6 +450,14 @@ class Lease:
                 self.on_offer(self)
             except Exception:
                 _log.exception("on_offer of %r failed", self)
+
+    def foretold(self, connection: Connection, said: wire.Places) -> None:
+        if self._held_by != (connection, said.lease) or self.on_places is None:
+            return
+        try:
+            self.on_places(said.places)
+        except Exception:
+            _log.exception("on_places of %r failed", self)
 
     def granted(self, connection: Connection, grant: wire.LeaseGranted) -> bool:
         """A lease or its renewal was granted. False if it was released meanwhile."""

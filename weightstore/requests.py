@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 from weightstore import status, wire
 from weightstore.allocator import NoSpace
-from weightstore.catalog import Peer, RefitState
+from weightstore.catalog import Peer, Refit, RefitState
 from weightstore.changes import Changes
 from weightstore.checksums import Checksummer
 from weightstore.errors import (
@@ -82,6 +82,7 @@ class Requests:
         checksummer: Checksummer,
         clock: Callable[[], float],
         count_clients: Callable[[], int],
+        foretell: Callable[[Refit], None],
     ) -> None:
         self._store = store
         self._catalog = store.catalog
@@ -90,6 +91,7 @@ class Requests:
         self._clock = clock
         self._started = clock()
         self._count_clients = count_clients
+        self._foretell = foretell
         self._growing = asyncio.Lock()
         self._growth_thread = ThreadPoolExecutor(1, "weightstore-grow")
         self._table: dict[type, Handler] = {
@@ -182,6 +184,7 @@ class Requests:
                 holder=slow,
             )
         self._catalog.begin_writing(refit.number, peer)
+        asyncio.get_running_loop().call_soon(self._foretell, refit)  # once the writer has its answer
         base = refit.base
         return wire.RefitOpened(
             id=request.id,

@@ -34,7 +34,7 @@ import weightstore
 from weightstore import wire
 from weightstore.admission import Admission
 from weightstore.arena import Arena
-from weightstore.catalog import Peer, Writer
+from weightstore.catalog import Peer, Refit, Writer
 from weightstore.changes import Changes
 from weightstore.checksums import Checksummer
 from weightstore.errors import (
@@ -45,7 +45,8 @@ from weightstore.errors import (
     UsageError,
     WeightstoreError,
 )
-from weightstore.layout import MIB
+from weightstore.foretelling import Foretelling
+from weightstore.layout import DATA_OFFSET, MIB
 from weightstore.listener import listening
 from weightstore.paths import pin_lock
 from weightstore.peers import Exits, peer_credentials, peer_pidfd, reopen_pidfd, start_ticks
@@ -166,7 +167,12 @@ class Service:
         self._said: Counter[str] = Counter()
         self._changes = Changes(self._react)
         self._checksummer = Checksummer(store)
-        self._requests = Requests(store, self._changes, self._checksummer, clock, self._count_clients)
+        self._foretelling = Foretelling(
+            self._catalog.leases, DATA_OFFSET, store.arena.nbytes, store.arena.window
+        )
+        self._requests = Requests(
+            store, self._changes, self._checksummer, clock, self._count_clients, self._foretell
+        )
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -404,6 +410,12 @@ class Service:
         self._deadline = (
             self._loop.call_later(max(0.0, min(due) - self._clock()) + 0.01, self._expire) if due else None
         )
+
+    def _foretell(self, refit: Refit) -> None:
+        for lease, places in self._foretelling.due(refit):
+            session = self._sessions.get(lease.peer.number)
+            if session is not None:  # else it hung up meanwhile
+                session.send(places)
 
     def _expire(self) -> None:
         for refit in self._store.expire(self._clock()):

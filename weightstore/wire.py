@@ -5,8 +5,8 @@ union of messages it may receive; unknown tags, missing fields and wrong types a
 decoder, so the code behind it works with validated values. File descriptors travel as SCM_RIGHTS
 ancillary data on the first byte of the frame whose `fds` field counts them.
 
-A request carries an `id` chosen by the client; exactly one reply carries it back. `Offer` is the
-only message the store sends unasked. A connection is the identity: its leases and refits end with it.
+A request carries an `id` chosen by the client; exactly one reply carries it back. The store sends only
+`Offer` and `Places` unasked. A connection is the identity: its leases and refits end with it.
 
 Records travel pre-encoded (`msgspec.Raw` of ``list[TensorRecord]``): the store encodes a version once
 and sends the same bytes to every reader.
@@ -23,7 +23,7 @@ import msgspec
 from weightstore.errors import ProtocolError, WeightstoreError, from_wire
 from weightstore.types import Box, TensorRecord, TensorSpec
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 MAX_REQUEST: Final = 32 << 20
 """Cap on a frame the store accepts, in bytes: a commit of 100,000 tensors fits."""
 MAX_REPLY: Final = 512 << 20
@@ -431,6 +431,16 @@ class Offer(Message, frozen=True, kw_only=True):
     records: msgspec.Raw
 
 
+class Places(Message, frozen=True, kw_only=True):
+    """Unasked: a refit of the tag that a lease follows has places in these windows, as (offset, nbytes) in
+    the arena by component: its version may come to lie there, and who has to prepare for reading there may
+    begin. A lease is told of a window once; nothing is answered."""
+
+    lease: int
+    places: dict[str, list[tuple[int, int]]]
+
+
+Unasked = Offer | Places
 Reply = (
     Welcome
     | RefitOpened
@@ -445,6 +455,7 @@ Reply = (
     | Status
     | Verified
     | Offer
+    | Places
 )
 
 # -- codec ----------------------------------------------------------------------------------------

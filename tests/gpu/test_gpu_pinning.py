@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -138,6 +139,31 @@ def test_requests_from_many_threads_pin_each_window_once(segment: Segment, devic
     assert arena.pinned_bytes == 8 * WINDOW
     assert sum(added) <= 8 * WINDOW
     arena.close()
+
+
+def test_the_background_gives_way_to_a_process_that_is_registering(
+    segment: Segment, device: driver.Device
+) -> None:
+    arena = PinnedArena.share(segment.reader, device)
+    arena.ensure([(DATA_OFFSET, 1)])  # which makes the lock file, too
+    with open(pin_lock(segment.arena.uuid)) as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        arena.pin_ahead([(DATA_OFFSET, 3 * WINDOW)])
+        arena.pin_ahead([(DATA_OFFSET + 5 * WINDOW, 1)])
+        # Who needs a window waits for the lock only, and not for a background thread that waits for it.
+        needed = threading.Thread(target=arena.ensure, args=([(DATA_OFFSET + 7 * WINDOW, 1)],))
+        needed.start()
+        assert arena.pinned_bytes == WINDOW
+        fcntl.flock(other, fcntl.LOCK_UN)
+        needed.join()
+        assert arena.is_pinned(DATA_OFFSET + 7 * WINDOW, 1)
+    arena.settle()
+    assert arena.pinned_bytes == 5 * WINDOW
+    with open(pin_lock(segment.arena.uuid)) as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        arena.pin_ahead()
+        arena.close()  # does not wait for the other process
+    segment.reader.close()
 
 
 CHILD = """

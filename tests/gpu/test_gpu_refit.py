@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import nn
 
+from engine_hooks import EngineHook
 from weightstore.client import Store
 from weightstore.cuda import driver, upload
 from weightstore.cuda.pinning import PinnedArena, Window
@@ -176,3 +178,25 @@ def test_prepare_pins_both_places_ahead() -> None:
         arena.close()
         with store.lease("m") as snapshot:
             assert all(bool((snapshot[name] == 3).all()) for name in made(0.0))
+
+
+def test_an_engine_pins_the_next_place_before_it_wakes_on_it() -> None:
+    module = nn.Linear(20 * MIB, 4, bias=False, device="meta")
+    weight = torch.full((4, 20 * MIB), 2.0)
+    with local_store("2GiB", window="64MiB") as store:
+        with store.refit("m") as refit:
+            refit.put("t.weight", torch.ones(4, 20 * MIB))
+        with EngineHook.attach(store, "m", {"t": module}, device="cuda:0") as hook:
+            arena = PinnedArena.share(store.mapping, driver.device(0))
+            before = arena.pinned_bytes
+            store.prepare("m")
+            store.status()  # a round trip: what the store had told before has been heard
+            hook.backend._source.arena.settle()  # type: ignore[attr-defined]
+            assert arena.pinned_bytes >= before + 256 * MIB
+            hook.sleep()
+            with store.refit("m") as refit:
+                refit.put("t.weight", weight)
+            hook.wake()
+            assert hook.backend.transfer.pinned_bytes == 0  # type: ignore[attr-defined]
+            assert torch.equal(module.weight.cpu(), weight)
+            arena.close()

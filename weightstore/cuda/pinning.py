@@ -1,10 +1,10 @@
 """The arena registered with the CUDA driver, window by window, so that copies run at link speed.
 
 A window of the arena is registered when a copy first needs it (`ensure`) or ahead of that by a background
-thread (`pin_ahead`). All users of one arena in this process, on whatever mapping and device, share what is
-registered (registrations are portable): a window that a trainer writes through its writable mapping is not
-registered again for an engine that reads it in the same process. It stays registered until the last
-of them has closed.
+thread (`pin_ahead`), which gives way to whoever needs one, in any process. All users of one arena in this
+process, on whatever mapping and device, share what is registered (registrations are portable): a window that
+a trainer writes through its writable mapping is not registered again for an engine that reads it in the same
+process. It stays registered until the last of them has closed.
 
 Invariants:
 - a window is registered as a whole and only once it is committed, so registrations never share a page and
@@ -29,6 +29,7 @@ import fcntl
 import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple, Protocol
 
@@ -41,6 +42,9 @@ log = logging.getLogger(__name__)
 
 MADV_POPULATE_READ: Final = 22
 MADV_POPULATE_WRITE: Final = 23
+TURN: Final = 0.005
+"""Seconds after which a background thread looks again whether no process is registering; one window takes
+some 25 ms."""
 
 _libc = ctypes.CDLL(None, use_errno=True)  # CDLL, not PyDLL: the GIL is released during a call
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -120,9 +124,9 @@ class _Registrations:
             )
         return pages.view
 
-    def register(self, window: Window, through: int, device: Device) -> None:
+    def register(self, window: Window, through: int, device: Device, patient: bool) -> bool:
         """Register `window` through the mapping at `through`, or better through a writable one, which serves
-        both. The caller holds `lock`."""
+        both. The caller holds `lock`. If he is not `patient` and another process is registering, False."""
         pages = self._pages[through]
         if not pages.writable:
             # Of equal length, so that the window is the same one there.
@@ -139,7 +143,9 @@ class _Registrations:
         address = pages.address + window.start
         # Advice only: without it the driver faults the pages in itself, slower, or reports why it cannot.
         _libc.madvise(address, window.nbytes, MADV_POPULATE_WRITE if pages.writable else MADV_POPULATE_READ)
-        with _file_lock(pin_lock(self.uuid)), device.current():
+        with _file_lock(pin_lock(self.uuid), patient) as locked, device.current():
+            if not locked:
+                return False
             try:
                 call("cuMemHostRegister", address, window.nbytes, flags)
             except DeviceError as error:
@@ -149,6 +155,7 @@ class _Registrations:
                     **error.details,
                 ) from None
         (self._for_writing if pages.writable else self._for_reading)[window] = pages.address
+        return True
 
     def unregister(self, window: Window, writable: bool) -> None:
         table = self._for_writing if writable else self._for_reading
@@ -189,6 +196,7 @@ class PinnedArena:
         header = unpack_header(self._pages)
         self.window = header.window
         self._end = min(mapping.nbytes, header.nbytes)
+        self._wanted: deque[Window] = deque()  # by the background thread; guarded by registrations.turn
         self._ahead: threading.Thread | None = None
         self._closed = False
 
@@ -275,21 +283,32 @@ class PinnedArena:
                 registrations.turn.notify_all()
 
     def pin_ahead(self, ranges: Iterable[tuple[int, int]] | None = None) -> None:
-        """Have a background thread pin the windows that the (offset, nbytes) ranges touch, in order; all
-        committed ones by default. Returns at once; does nothing while an earlier call is being served.
+        """Have a background thread pin the windows that the (offset, nbytes) ranges touch, in order, after
+        those of earlier calls; all committed ones by default. Returns at once; does nothing once closed.
 
-        A refusal by the driver ends the thread and is logged; copies then meet it too.
+        What is not committed, or lies beyond this mapping, is left out. A refusal by the driver ends all that
+        was asked for so far and is logged; copies then meet it too.
         """
+        end = self.committed_end
         if ranges is None:
-            ranges = [(DATA_OFFSET, self.committed_end - DATA_OFFSET)]
-        windows = sorted({window for offset, nbytes in ranges for window in self.windows(offset, nbytes)})
-        with self._registrations.turn:
-            if self._closed or (self._ahead is not None and self._ahead.is_alive()):
+            ranges = [(DATA_OFFSET, end - DATA_OFFSET)]
+        registrations = self._registrations
+        missing = sorted(
+            {
+                window
+                for offset, nbytes in ranges
+                if offset >= DATA_OFFSET
+                for window in self.windows(offset, min(nbytes, end - offset))
+                if registrations.find(window, self._writable) is None
+            }
+        )
+        with registrations.turn:
+            if self._closed or not missing:
                 return
-            self._ahead = threading.Thread(
-                target=self._pin_ahead, args=(windows,), name="weightstore-pin", daemon=True
-            )
-            self._ahead.start()
+            self._wanted.extend(missing)
+            if self._ahead is None:
+                self._ahead = threading.Thread(target=self._pin_ahead, name="weightstore-pin", daemon=True)
+                self._ahead.start()
 
     def settle(self) -> None:
         """Wait for the background thread, if one is running."""
@@ -310,6 +329,7 @@ class PinnedArena:
             if self._closed:
                 return
             self._closed = True
+            self._wanted.clear()
             registrations.turn.notify_all()
         self.settle()
         with _Registrations.guard:
@@ -344,37 +364,58 @@ class PinnedArena:
         return sum(window.nbytes for window in done)
 
     def _register(self, window: Window) -> None:
-        self._registrations.register(window, self.address, self._device)
+        self._registrations.register(window, self.address, self._device, patient=True)
 
-    def _pin_ahead(self, windows: list[Window]) -> None:
+    def _pin_ahead(self) -> None:
         registrations = self._registrations
-        for window in windows:
+        while True:
             with registrations.turn:
-                registrations.turn.wait_for(lambda: self._closed or not registrations.requests)
-                if self._closed:
+                registrations.turn.wait_for(lambda: not (self._wanted and registrations.requests))
+                if not self._wanted:
+                    self._ahead = None
                     return
+                window = self._wanted[0]
             try:
-                self.check([(window.start, window.nbytes)])
-                with registrations.lock:
-                    self._pin([window])
+                done = self._pin_if_free(window)
             except DeviceError as error:
                 log.warning("pinning ahead stopped: %s", error.message)
-                return
+                with registrations.turn:
+                    self._wanted.clear()
+                continue
+            with registrations.turn:
+                if not done:
+                    registrations.turn.wait(TURN)
+                elif self._wanted:  # else closed meanwhile
+                    self._wanted.popleft()
+
+    def _pin_if_free(self, window: Window) -> bool:
+        """Register `window` unless it is; False if another process is registering just now."""
+        registrations = self._registrations
+        with registrations.lock:
+            if registrations.find(window, self._writable) is not None:
+                return True
+            return registrations.register(window, self.address, self._device, patient=False)
 
 
 @contextlib.contextmanager
-def _file_lock(path: str) -> Iterator[None]:
-    """Hold an exclusive flock on `path` for the block; a file that cannot be opened is no lock."""
+def _file_lock(path: str, patient: bool) -> Iterator[bool]:
+    """Hold an exclusive flock on `path` for the block; False if somebody else has it and the caller is not
+    `patient`. A file that cannot be opened is no lock."""
     try:
         private_directory(os.path.dirname(path))
         fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except (OSError, UsageError) as error:
         # Registering without the lock works unless two processes collide, which the driver reports.
         log.info("registering without a lock between processes: %s: %s", path, error)
-        yield
+        yield True
         return
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
+        locked = True
+        try:
+            # Those who wait are served before those who ask again.
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if patient else fcntl.LOCK_NB))
+        except BlockingIOError:
+            locked = False
+        yield locked
     finally:
         os.close(fd)
