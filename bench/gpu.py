@@ -13,6 +13,7 @@ import click
 import torch
 
 from bench.gpu_common import device_facts, touch_memory
+from bench.gpu_peers import WAYS
 from bench.gpu_settings import QUICK, GpuSettings
 from bench.record import RESULTS, Record, slug
 from bench.rows import Goal, Row
@@ -37,6 +38,9 @@ USUAL: Final = ("cycle", "many", "relaunch", "peers")
     metavar="A,B",
     help=f"Some of the sections: {', '.join(SECTIONS)}.  [default: {', '.join(USUAL)}]",
 )
+@click.option(
+    "--peers", metavar="A,B", help=f"Of section peers some ways: {', '.join(WAYS)}.  [default: all]"
+)
 @click.option("--rounds", metavar="N", type=click.IntRange(min=1), help="Samples of everything.")
 @click.option(
     "--warm/--no-warm", default=True, help="Touch the host's memory first, on machines that grow it."
@@ -48,7 +52,9 @@ USUAL: Final = ("cycle", "many", "relaunch", "peers")
     help="Where to write JSON, whole after every row.  [default: bench/results/gpu-<device>.json; with "
     "--quick or --only none]",
 )
-def gpu_command(quick: bool, only: str | None, rounds: int | None, warm: bool, out: Path | None) -> None:
+def gpu_command(
+    quick: bool, only: str | None, peers: str | None, rounds: int | None, warm: bool, out: Path | None
+) -> None:
     """Measure sleep, wake, refit, put and relaunch of FLUX.1-dev on GPU 0.
 
     Needs an 80 GB GPU, 128 GiB of memory, 90 GiB in /dev/shm and about six minutes; --quick needs little.
@@ -59,6 +65,10 @@ def gpu_command(quick: bool, only: str | None, rounds: int | None, warm: bool, o
     settings = QUICK if quick else GpuSettings()
     if rounds is not None:
         settings = dataclasses.replace(settings, rounds=rounds)
+    if peers is not None:
+        settings = dataclasses.replace(settings, peers=tuple(peers.split(",")))
+        if unknown := [way for way in settings.peers if way not in WAYS]:
+            raise click.BadParameter(f"no way {', '.join(unknown)}; there are {', '.join(WAYS)}")
     sections = list(USUAL) if only is None else only.split(",")
     if unknown := [name for name in sections if name not in SECTIONS]:
         raise click.BadParameter(f"no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")

@@ -100,7 +100,11 @@ WAYS = {
 
 def peers(settings: GpuSettings) -> Iterator[Row]:
     nbytes = total_bytes(settings.specs(whole=False))
-    ways = [way for way in WAYS if way in ALONE or find_spec("torch_memory_saver")]
+    ways = [
+        way
+        for way in WAYS
+        if (way in ALONE or find_spec("torch_memory_saver")) and way in (settings.peers or WAYS)
+    ]
     for way in ways:
         rounds = settings.peer_rounds + (way in ("pinned kept", "vllm_style"))
         try:

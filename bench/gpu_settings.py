@@ -20,6 +20,7 @@ class GpuSettings:
         model: whose tensors are put and woken; `main` is the component that is trained.
         limit: bytes of each component at most.
         rounds: samples of everything; `peer_rounds` of what others do, which takes long.
+        peers: ways of section peers; none for all of them.
         asleep: seconds that an engine sleeps between rounds of training.
         warm_memory: bytes of host memory touched before anything is measured.
         many: (count, large, bytes of a large one, bytes of a small one at most) of the tensors of a model
@@ -31,6 +32,7 @@ class GpuSettings:
     limit: int = 64 * GIB
     rounds: int = 5
     peer_rounds: int = 1
+    peers: tuple[str, ...] = ()
     asleep: float = 2.0
     window: int = GIB
     warm_memory: int = 88 * GIB

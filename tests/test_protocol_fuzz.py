@@ -29,7 +29,7 @@ from processes import Raw, Service, contents, eventually, publish
 from weightstore import wire
 from weightstore.errors import WeightstoreError
 from weightstore.names import NameMap
-from weightstore.types import ITEMSIZE, Box, TensorSpec, contiguous_stride
+from weightstore.types import ITEMSIZE, Box, TensorRecord, TensorSpec, contiguous_stride
 
 INPUTS: Final = int(os.environ.get("WEIGHTSTORE_FUZZ_INPUTS", "4000"))
 AT_ONCE: Final = 20
@@ -223,7 +223,7 @@ class Client:
         self._raw = Raw(socket)
         self._replies = replies
         self._known = {"refit": 1, "lease": 1, "version": 1}
-        self._targets: list[str] = []
+        self._targets: dict[str, TensorSpec] = {}
         if who != "stranger":
             self._raw.hello(instance="fuzz")
         if who == "senseless":  # something to go on from
@@ -251,6 +251,7 @@ class Client:
         fields: dict[str, Any] = {**self._known, "model": "ab"[message.id % 2], "tag": "latest"}
         if message.id % 3:
             fields["writes"] = [wire.Write(name) for name in self._targets]
+            fields["specs"] = list(self._targets.values())
         if isinstance(message, wire.VerifyVersion | wire.OpenLease):
             fields["version"] = None
         return msgspec.structs.replace(
@@ -261,9 +262,9 @@ class Client:
         for name in self._known:
             self._known[name] = getattr(reply, name, None) or self._known[name]
         if isinstance(reply, wire.RefitOpened):
-            self._targets = [record.name for record in reply.targets]
+            self._targets = {record.name: spec_of(record) for record in reply.targets}
         elif isinstance(reply, wire.Reserved):
-            self._targets = list(dict.fromkeys([*self._targets, *(record.name for record in reply.records)]))
+            self._targets |= {record.name: spec_of(record) for record in reply.records}
         kind = type(reply).__name__
         self._replies[kind if kind != "Failed" else reply.error] += 1
         if isinstance(reply, wire.Failed):
@@ -277,6 +278,10 @@ class Client:
                 self._raw.sock.shutdown(socket.SHUT_WR)
             while True:
                 self._learn(self._raw.read())
+
+
+def spec_of(record: TensorRecord) -> TensorSpec:
+    return TensorSpec(record.name, record.dtype, record.shape, record.stride)
 
 
 class Fuzzed:
