@@ -263,6 +263,19 @@ def test_two_runs_are_one_table(place: Place) -> None:
     assert "Run 1, 2030-01-02" in page and "Run 2, 2031-01-01" in page
 
 
+def test_a_newer_run_that_was_cut_after_one_cycle_does_not_hide_steady_ones(place: Place) -> None:
+    place.put("rl-step-a.json", made.run())
+    later = made.run()
+    later["machine"] |= {"date": "2031-01-01T00:00:00+00:00", "changed_files": 13}
+    later["ways"] = {"1": made.way("way 1", (0.003,) * 6, 3), "2": made.way("way 2", (0.003,) * 6, 1)}
+    later["ways"]["2"]["status"] = "cut"
+    place.put("rl-step-b.json", later)
+    page = place.page()
+    assert row_of(page, "2")[3] == summary.seconds(sum(made.TAKES["2"]) - made.OWN)
+    assert "- 1 (run 2): " in page and "- 2 (run 1): " in page
+    assert page.count("and changes in 13 files since") == 1
+
+
 def test_rows_by_the_number_of_engines_that_are_missing_have_a_reason(place: Place) -> None:
     run = made.run()
     rows = run["sharing"]

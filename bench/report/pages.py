@@ -195,7 +195,8 @@ def _explained(group: Group) -> Iterator[str]:
     for entry in group.entries.values():
         kind = WAYS.get(entry.key)
         # What was done in that run, which later versions of this benchmark may do in another way.
-        text = f"- {entry.key}: {_engine(entry, group) if kind is None else entry.way['what']}"
+        run = "" if kind is None or len(group.runs) == 1 else f" (run {group.runs.index(entry.found) + 1})"
+        text = f"- {entry.key}{run}: {_engine(entry, group) if kind is None else entry.way['what']}"
         if not entry.has_numbers:
             text += f". **No numbers: {entry.way['status']}**: {_short(entry.way['reason'])}"
         elif entry.way["status"] == "cut":
@@ -321,7 +322,9 @@ def _facts(group: Group) -> Iterator[str]:
             facts.append(f"driver {device['driver']}, CUDA {device['torch_cuda']}, /dev/shm {device['shm']}")
         facts.append(f"{machine['cores']} cores ({machine['cpu']}), {machine['memory']} of memory")
         facts.append(f"Python {machine['python']}, torch {machine['torch']}, kernel {machine['kernel']}")
-        facts.append(f"revision {machine['revision'][:12].strip()}")
+        changes = machine.get("changed_files")
+        since = f" and changes in {changes} files since" if changes else ""
+        facts.append(f"revision {machine['revision'][:12].strip()}{since}")
         yield f"- {name}, {machine['date'][:10]}: {'; '.join(facts)}."
         into, out = summary.rate(run, "h2d"), summary.rate(run, "d2h")
         if into is not None and out is not None and group.on_gpu:

@@ -49,6 +49,11 @@ class Entry:
         return summary.has_numbers(self.way)
 
     @property
+    def worth(self) -> int:
+        """No numbers, those of a first cycle alone, or of steady ones."""
+        return self.has_numbers + (self.has_numbers and summary.has_steady(self.way))
+
+    @property
     def times_ours(self) -> float | None:
         """Steady overhead over weightstore's of the same run; None without both. In another engine it is that
         of a run beside, and None unless the transformer is the same."""
@@ -68,7 +73,8 @@ class Group:
 
     Attributes:
         runs: the result files, the newest last.
-        entries: by way, the newest that has numbers, else the newest.
+        entries: by way, the newest that has steady cycles; if none has, the newest with numbers, else the
+            newest.
     """
 
     model: str
@@ -123,7 +129,7 @@ def read(directory: Path) -> list[Group]:
         for run in group.runs:
             for key, way in run["ways"].items():
                 entry = Entry(key, way, run)
-                if key not in found or entry.has_numbers or not found[key].has_numbers:
+                if key not in found or entry.worth >= found[key].worth:
                     found[key] = entry
         ours = found.get(summary.OURS)
         for key, way in sglang.ways(beside, group.model, group.device, group.on_gpu).items():
