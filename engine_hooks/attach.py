@@ -43,7 +43,7 @@ from weightstore.types import ALIGN, check_name
 
 if TYPE_CHECKING:
     from weightstore.client import Store
-    from weightstore.reader import Lease
+    from weightstore.reader import Lease, Places
 
 _RETRY_SECONDS = 5.0
 """How long to wait for another engine's publication before looking whether it gave up."""
@@ -83,7 +83,6 @@ def attach(
         # While the modules are looked at.
         records = [record for record in lease.records.values() if record.component in modules]
         backend.pin_ahead(lease.mapping, [(record.offset, record.nbytes) for record in records])
-        lease.on_places = partial(_pin_ahead, backend, lease, frozenset(modules))
         ignored = matcher(ignore)
         surveys = survey(modules, lease.records, ignored, backend.device)
         following = Following(store, lease, {name: s.layout for name, s in surveys.items()}, ignored)
@@ -97,6 +96,8 @@ def attach(
         raise
     for component in components:
         component.move(Event.WOKE)
+    lease.on_places = partial(_pin_ahead, backend, lease, frozenset(modules))
+    lease.on_places(lease.places)  # those that the store has told of by now
     restrided = tuple(name for s in surveys.values() for name in s.restrided)
     if restrided:
         _log.warning(
@@ -127,10 +128,10 @@ def _pin_ahead(
     backend: DeviceBackend,
     lease: Lease,
     components: frozenset[str],
-    places: Mapping[str, Sequence[tuple[int, int]]],
+    places: Places,
 ) -> None:
     """Where the next version may come to lie is prepared while it is written, or before: else the first wake
-    on it would wait. On the connection's thread."""
+    on it would wait. Also on the connection's thread."""
     ranges = [stretch for name, stretches in places.items() if name in components for stretch in stretches]
     if ranges:
         backend.pin_ahead(lease.mapping, ranges)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import pytest
 import torch
-from test_catalog import ALICE, BOB, START, catalog, opened, publish, spec
+from test_catalog import ALICE, BOB, START, catalog, opened, publish, refit_of, spec
 from torch import nn
 
 from engine_hooks import EngineHook
@@ -24,7 +24,7 @@ Places = Mapping[str, Sequence[tuple[int, int]]]
 
 
 def foretelling(c: Catalog, windows: float = 100) -> Foretelling:
-    return Foretelling(c.leases, START, START + int(windows * WINDOW), WINDOW)
+    return Foretelling(c, START, START + int(windows * WINDOW), WINDOW)
 
 
 def follower(c: Catalog, model: str = "m", tag: str = "latest", follow: bool = True) -> Lease:
@@ -40,7 +40,11 @@ def reopened(c: Catalog, **kwargs: object) -> Refit:
 
 
 def told(f: Foretelling, refit: Refit) -> dict[int, dict[str, list[tuple[int, int]]]]:
-    return {lease.number: message.places for lease, message in f.due(refit)}
+    return {lease.number: message.places for lease, message in f.opened(refit)}
+
+
+def lies_in(place: TensorRecord, stretches: Iterable[tuple[int, int]]) -> bool:
+    return any(o <= place.offset and place.offset + place.nbytes <= o + n for o, n in stretches)
 
 
 def test_windows_are_told_by_component_and_once() -> None:
@@ -56,6 +60,44 @@ def test_windows_are_told_by_component_and_once() -> None:
     assert told(f, reopened(c)) == {}
     late = follower(c)
     assert told(f, reopened(c)) == {late.number: expected}
+
+
+def test_who_comes_later_learns_at_once() -> None:
+    c = catalog()
+    publish(c)
+    c.set_tag("m", "ref", 1)
+    f = foretelling(c)
+    assert list(f.followed(follower(c))) == []
+    refit = reopened(c)
+    assert told(f, refit)  # the one that is there
+    late, other, still = follower(c), follower(c, tag="ref"), follower(c, follow=False)
+    ((lease, message),) = f.followed(late)
+    assert lease is late and message.lease == late.number and set(message.places) == {"t", "vae"}
+    assert [list(f.followed(one)) for one in (late, other, still)] == [[], [], []]
+    assert told(f, reopened(c)) == {}
+    # Versions take turns: who comes now learns of this one's place, and of its base's, where the next goes.
+    before = c.resolve("m", "latest", None)
+    now = refit_of(c)
+    newest = follower(c)
+    (message,) = (message for _, message in f.followed(newest))
+    for record in (*before.records.values(), *now.records.values()):
+        assert lies_in(record, message.places[record.component]), record
+
+
+def test_what_is_remembered_is_bounded_by_the_tags_there_are() -> None:
+    c = catalog()
+    publish(c)
+    f = foretelling(c)
+    for step in range(50):
+        tag = f"step-{step}"
+        assert list(f.opened(reopened(c, tag=tag))) == []
+        c.set_tag("m", tag, 1)
+        c.remove_tag("m", tag)
+    assert len(f._last) <= 1
+    c.remove_model("m")
+    publish(c, model="other")
+    list(f.opened(reopened(c, model="other")))
+    assert list(f._last) == [("other", "latest")]
 
 
 def test_only_followers_of_the_tag_are_told() -> None:
@@ -118,10 +160,6 @@ def hear(store: Store) -> None:
     store.status()
 
 
-def lies_in(place: TensorRecord, stretches: Iterable[tuple[int, int]]) -> bool:
-    return any(o <= place.offset and place.offset + place.nbytes <= o + n for o, n in stretches)
-
-
 def test_preparing_tells_followers_and_refits_soon_repeat_nothing(store: Store) -> None:
     heard: list[Places] = []
     lease = store.lease("m", follow=True, on_offer=lambda lease: bool(lease.advance()))
@@ -162,6 +200,14 @@ def test_an_engine_prepares_for_its_own_components(store: Store) -> None:
         assert [lies_in(place, asked[0]) for place in places] == [False, True]
         hook.wake()
         assert bool((module.weight == 2).all())
+        hook.close()
+    asked.clear()
+    with EngineHook.attach(store, "m", {"vae": module}, ignore=["t.*"], backend=Watching()):
+        hear(store)  # a relaunched engine: where its version is, and where the next one will be
+        told = [stretch for ranges in asked for stretch in ranges]
+        with store.refit("m") as refit:
+            assert lies_in(places[1], told) and lies_in(refit.places[1], told)
+            refit.abort("these were the places")
 
 
 def test_what_a_listener_raises_ends_nothing(store: Store, caplog: pytest.LogCaptureFixture) -> None:

@@ -198,8 +198,8 @@ class Store:
         That is room in the arena for a second version of them, for which the host's memory is taken now; and
         for a trainer with its tensors on a CUDA `device` the registering of both places with the driver, in
         this process, by a thread in the background. Call it once, when the model has a version, in the
-        process that will put: it opens a refit and gives it up. Readers notice nothing, but engines that follow
-        the tag pin the room as well, in the background. It is of no use to in-place refits.
+        process that will put: it opens a refit and gives it up. Readers notice nothing, but engines that
+        follow the tag pin the room as well, in the background. It is of no use to in-place refits.
 
         Returns:
             Bytes that a version of the components takes.

@@ -1,7 +1,8 @@
 """Telling followers of a tag where its next version may come to lie.
 
 The places of a refit are known when it opens. Who follows the tag and has to prepare for reading there, as
-an engine that pins memory, can do that while the refit is being written.
+an engine that pins memory, can do that while the refit is being written; who comes to follow it later, at
+once.
 
 Invariant: a follower is told of a window once for each component. So refits cost no message once their places
 repeat, as they soon do, and what is owed to a follower that reads nothing is bounded.
@@ -13,7 +14,8 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from weakref import WeakKeyDictionary
 
-from weightstore.catalog import Lease, Refit
+from weightstore.catalog import Catalog, Lease, Refit
+from weightstore.types import TensorRecord
 from weightstore.wire import Places
 
 Spot = tuple[str, int]
@@ -21,34 +23,53 @@ Spot = tuple[str, int]
 
 
 class Foretelling:
-    """What each lease has been told. `start` is where windows begin and `end` where the arena does."""
+    """What each lease has been told. `start` is where windows begin and `end` where the arena does.
 
-    def __init__(self, leases: Iterable[Lease], start: int, end: int, window: int) -> None:
-        self._leases = leases
+    The messages of `opened` and `followed` are to be sent: their leases count as told from then on.
+    """
+
+    def __init__(self, catalog: Catalog, start: int, end: int, window: int) -> None:
+        self._catalog = catalog
         self._start, self._end, self._window = start, end, window
         self._told: WeakKeyDictionary[Lease, set[Spot]] = WeakKeyDictionary()
+        self._last: dict[tuple[str, str], set[Spot]] = {}
 
-    def due(self, refit: Refit) -> Iterator[tuple[Lease, Places]]:
-        """What followers have to be told of the places that `refit` has now; they have been from here on."""
-        if refit.declared.in_place:
-            return  # its places are those of the version that they read
-        followers = [
-            lease
-            for lease in self._leases
-            if lease.follow and (lease.model, lease.tag) == (refit.model, refit.tag)
-        ]
-        spots = self._spots(refit) if followers else set()
-        for lease in followers:
-            told = self._told.setdefault(lease, set())
-            new = sorted(spots - told)
-            if new:
-                told.update(new)
-                yield lease, Places(lease=lease.number, places=self._merged(new))
+    def opened(self, refit: Refit) -> Iterator[tuple[Lease, Places]]:
+        """A refit has the places that were asked for so far."""
+        spots = self._spots(refit.targets.values())
+        if refit.declared.in_place or not spots:
+            return  # in place they are those of the version that is read
+        self._remember(refit, spots)
+        for lease in self._catalog.leases:
+            if (lease.model, lease.tag) == (refit.model, refit.tag):
+                yield from self._tell(lease, spots)
 
-    def _spots(self, refit: Refit) -> set[Spot]:
+    def followed(self, lease: Lease) -> Iterator[tuple[Lease, Places]]:
+        """Somebody leases what he may follow."""
+        yield from self._tell(lease, self._last.get((lease.model, lease.tag), set()))
+
+    def _tell(self, lease: Lease, spots: set[Spot]) -> Iterator[tuple[Lease, Places]]:
+        told = self._told.setdefault(lease, set())
+        new = sorted(spots - told)
+        if new and lease.follow:
+            told.update(new)
+            yield lease, Places(lease=lease.number, places=self._merged(new))
+
+    def _remember(self, refit: Refit, spots: set[Spot]) -> None:
+        """For who comes later. Versions take turns: the next lies there, or where this refit's base does."""
+        base = refit.base.records if refit.base is not None else {}
+        spots = spots | self._spots(base[name] for name in refit.targets if name in base)
+        self._last = {key: known for key, known in self._last.items() if self._exists(*key)}
+        self._last[refit.model, refit.tag] = spots
+
+    def _exists(self, model: str, tag: str) -> bool:
+        found = self._catalog.models.find(model)
+        return found is not None and tag in found.tags
+
+    def _spots(self, records: Iterable[TensorRecord]) -> set[Spot]:
         start, window = self._start, self._window
         found: set[Spot] = set()
-        for record in refit.targets.values():
+        for record in records:
             if record.nbytes:
                 first, last = record.offset - start, record.offset + record.nbytes - 1 - start
                 found.update((record.component, n) for n in range(first // window, last // window + 1))

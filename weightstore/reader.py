@@ -50,6 +50,10 @@ ATTEMPTS: Final = 5
 """How often a lease is parked or unparked anew whose connections end one after another."""
 
 
+Places = Mapping[str, Sequence[tuple[int, int]]]
+"""By component, (offset, nbytes) of stretches of the arena."""
+
+
 class Offered(NamedTuple):
     """What the store offered. `records` is None for a torn version."""
 
@@ -75,8 +79,8 @@ class Lease:
             call `advance`, and must hand anything else over to another thread.
         on_records: called on that thread with the version and records of every offer, also one that a parked
             lease takes at once, before anybody can see it: to look at them while nobody waits.
-        on_places: called on that thread when a refit of the tag got places in windows where none before had
-            any, with their (offset, nbytes) by component: the next version may come to lie there.
+        on_places: called on that thread when the store says where the next version may come to lie: in
+            windows where refits of the tag have places, each of which it names once. See `places`.
     """
 
     def __init__(
@@ -94,7 +98,8 @@ class Lease:
         self.follow = follow
         self.on_offer = on_offer
         self.on_records: Callable[[int, Mapping[str, TensorRecord]], None] | None = None
-        self.on_places: Callable[[Mapping[str, Sequence[tuple[int, int]]]], None] | None = None
+        self.on_places: Callable[[Places], None] | None = None
+        self._places: dict[str, list[tuple[int, int]]] = {}
         self._ended = ended
         self._link = link
         self._lock = threading.Lock()
@@ -139,6 +144,12 @@ class Lease:
         """What is pending. The store keeps it until it is taken and this lease moves on from it, so that its
         bytes may be read already."""
         return self._offer
+
+    @property
+    def places(self) -> Places:
+        """All that `on_places` was called with, or would have been."""
+        with self._lock:
+            return {component: tuple(stretches) for component, stretches in self._places.items()}
 
     @property
     def parked(self) -> bool:
@@ -452,12 +463,16 @@ class Lease:
                 _log.exception("on_offer of %r failed", self)
 
     def foretold(self, connection: Connection, said: wire.Places) -> None:
-        if self._held_by != (connection, said.lease) or self.on_places is None:
-            return
-        try:
-            self.on_places(said.places)
-        except Exception:
-            _log.exception("on_places of %r failed", self)
+        with self._lock:
+            if self._held_by != (connection, said.lease):
+                return
+            for component, stretches in said.places.items():
+                self._places.setdefault(component, []).extend(stretches)
+        if self.on_places is not None:
+            try:
+                self.on_places(said.places)
+            except Exception:
+                _log.exception("on_places of %r failed", self)
 
     def granted(self, connection: Connection, grant: wire.LeaseGranted) -> bool:
         """A lease or its renewal was granted. False if it was released meanwhile."""
@@ -468,6 +483,7 @@ class Lease:
                 # As torn as the renewal claimed: if that is wrong, the store's next offer says so.
                 self._move(grant.version, self._torn, _decoded(grant.records))
             self._held_by = (connection, grant.lease)
+            self._places = {}  # another lease to the store, which begins anew
             return True
 
     def renewal(self) -> wire.RenewLease | None:

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 from weightstore import status, wire
 from weightstore.allocator import NoSpace
-from weightstore.catalog import Peer, Refit, RefitState
+from weightstore.catalog import Lease, Peer, Refit, RefitState
 from weightstore.changes import Changes
 from weightstore.checksums import Checksummer
 from weightstore.errors import (
@@ -82,7 +82,7 @@ class Requests:
         checksummer: Checksummer,
         clock: Callable[[], float],
         count_clients: Callable[[], int],
-        foretell: Callable[[Refit], None],
+        foretell: Callable[[Refit | Lease], None],
     ) -> None:
         self._store = store
         self._catalog = store.catalog
@@ -240,6 +240,7 @@ class Requests:
         lease, version = self._store.open_lease(
             peer, request.model, request.tag, request.version, request.follow, self._clock()
         )
+        asyncio.get_running_loop().call_soon(self._foretell, lease)  # once its holder has its number
         return wire.LeaseGranted(
             id=request.id, lease=lease.number, version=version.number, records=version.encoded
         )
@@ -259,6 +260,7 @@ class Requests:
         # A new connection knows nothing of the offers to the last one: the loop's next turn repeats them,
         # after this answer has told the client the lease's new number.
         asyncio.get_running_loop().call_soon(self._changes.announce)
+        asyncio.get_running_loop().call_soon(self._foretell, lease)
         return wire.LeaseGranted(
             id=request.id, lease=lease.number, version=version.number, records=version.encoded
         )

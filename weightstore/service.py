@@ -34,7 +34,7 @@ import weightstore
 from weightstore import wire
 from weightstore.admission import Admission
 from weightstore.arena import Arena
-from weightstore.catalog import Peer, Refit, Writer
+from weightstore.catalog import Lease, Peer, Refit, Writer
 from weightstore.changes import Changes
 from weightstore.checksums import Checksummer
 from weightstore.errors import (
@@ -167,9 +167,7 @@ class Service:
         self._said: Counter[str] = Counter()
         self._changes = Changes(self._react)
         self._checksummer = Checksummer(store)
-        self._foretelling = Foretelling(
-            self._catalog.leases, DATA_OFFSET, store.arena.nbytes, store.arena.window
-        )
+        self._foretelling = Foretelling(self._catalog, DATA_OFFSET, store.arena.nbytes, store.arena.window)
         self._requests = Requests(
             store, self._changes, self._checksummer, clock, self._count_clients, self._foretell
         )
@@ -411,8 +409,10 @@ class Service:
             self._loop.call_later(max(0.0, min(due) - self._clock()) + 0.01, self._expire) if due else None
         )
 
-    def _foretell(self, refit: Refit) -> None:
-        for lease, places in self._foretelling.due(refit):
+    def _foretell(self, subject: Refit | Lease) -> None:
+        known = self._foretelling
+        due = known.opened(subject) if isinstance(subject, Refit) else known.followed(subject)
+        for lease, places in due:
             session = self._sessions.get(lease.peer.number)
             if session is not None:  # else it hung up meanwhile
                 session.send(places)
