@@ -56,6 +56,7 @@ CLIENT = {
     "mapping",
     "names",
     "prefault",
+    "preparing",
     "reader",
     "records",
     "refits",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+import weightstore
 from weightstore.client import Store
 from weightstore.errors import ArenaFull, CoverageError, RefitConflict, UnknownModel, UsageError
 from weightstore.local import local_store
@@ -61,6 +63,27 @@ def test_a_second_time_takes_no_more(store: Store) -> None:
     assert store.tags("m") == {"latest": 1}
 
 
+def test_all_ranks_may_prepare_at_once(store: Store) -> None:
+    publish(store)
+    with ThreadPoolExecutor(8) as ranks:
+        others = [weightstore.connect(store.socket) for _ in range(8)]
+        found = list(ranks.map(lambda other: other.prepare("m", components=["t"]), others))
+    for other in others:
+        other.close()
+    assert found == [4 * MIB] * 8
+    assert store.tags("m") == {"latest": 1} and not store.status().refits
+
+
+def test_a_refit_that_ends_is_waited_for(store: Store) -> None:
+    publish(store)
+    refit = store.refit("m", components=["t"])
+    with ThreadPoolExecutor(1) as pool, weightstore.connect(store.socket) as other:
+        preparing = pool.submit(other.prepare, "m", components=["t"])
+        refit.put_many(trained(2.0))
+        assert refit.commit() == 2
+        assert preparing.result(30) == 4 * MIB
+
+
 def test_what_cannot_be_prepared_changes_nothing(store: Store) -> None:
     with pytest.raises(UnknownModel, match="no version yet"):
         store.prepare("m")
@@ -71,7 +94,7 @@ def test_what_cannot_be_prepared_changes_nothing(store: Store) -> None:
         store.prepare("m", components=["nonsense"])
     with store.refit("m", partial=True) as refit:
         with pytest.raises(RefitConflict):
-            store.prepare("m")
+            store.prepare("m", timeout=0.05)
         refit.put("f.w", torch.zeros(MIB // 4))
     with pytest.raises(UsageError, match="no device 'gpu'"):
         store.prepare("m", device="gpu")

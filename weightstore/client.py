@@ -20,6 +20,7 @@ from weightstore.leases import Leases
 from weightstore.link import Link
 from weightstore.mapping import ArenaMapping
 from weightstore.paths import socket_path
+from weightstore.preparing import prepare
 from weightstore.reader import Lease
 from weightstore.refits import Refits
 from weightstore.sharding import rank_of
@@ -192,46 +193,29 @@ class Store:
         *,
         components: Sequence[str] | None = None,
         device: torch.device | str | None = None,
+        timeout: float = 30.0,
     ) -> int:
         """Have ready what the first refits of these components would otherwise wait for.
 
         That is room in the arena for a second version of them, for which the host's memory is taken now; and
         for a trainer with its tensors on a CUDA `device` the registering of both places with the driver, in
-        this process, by a thread in the background. Call it once, when the model has a version, in the
+        this process, by a thread in the background. Call it once, when the model has a version, in each
         process that will put: it opens a refit and gives it up. Readers notice nothing, but engines that
         follow the tag pin the room as well, in the background. It is of no use to in-place refits.
+
+        Args:
+            timeout: seconds to wait while the tag is being written or prepared by another process.
 
         Returns:
             Bytes that a version of the components takes.
 
         Raises:
             UnknownModel: it has no version yet.
-            RefitConflict: a refit of the tag is open, which has its room, or is being prepared.
+            RefitConflict: a refit of the tag was open all that time.
             ArenaFull: there is no room for a second version.
             UnknownTag, TagTorn, CoverageError, UsageError: as in `refit`; and no such device.
         """
-        if device is not None:
-            import torch
-
-            try:
-                device = torch.device(device)
-            except RuntimeError as error:
-                raise UsageError(f"no device {device!r}: {error}") from None
-        with self.refit(model, tag, components=components) as refit:
-            if not refit.base:
-                raise UnknownModel(f"model {model!r} has no version yet; prepare once it has", model=model)
-            places = refit.places
-            if device is not None:
-                from weightstore.cuda.uploads import uploads_into
-
-                names = {place.name for place in places}
-                with self.lease(model, tag, version=refit.base) as snapshot:
-                    now = [record for name, record in snapshot.records.items() if name in names]
-                ranges = [(record.offset, record.nbytes) for record in (*places, *now)]
-                uploads_into(refit.mapping).pin_ahead(device, ranges)
-            refit.abort("it was to make room for the next one")
-        extents = {(place.offset, place.nbytes) for place in places}
-        return sum(nbytes for _, nbytes in extents)
+        return prepare(self, model, tag, components, device, timeout)
 
     @property
     def mapping(self) -> ArenaMapping:
