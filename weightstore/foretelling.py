@@ -58,9 +58,9 @@ class Foretelling:
     def _remember(self, refit: Refit, spots: set[Spot]) -> None:
         """For who comes later. Versions take turns: the next lies there, or where this refit's base does."""
         base = refit.base.records if refit.base is not None else {}
-        spots = spots | self._spots(base[name] for name in refit.targets if name in base)
+        before = self._spots([base[name] for name in refit.targets if name in base])
         self._last = {key: known for key, known in self._last.items() if self._exists(*key)}
-        self._last[refit.model, refit.tag] = spots
+        self._last[refit.model, refit.tag] = spots | before
 
     def _exists(self, model: str, tag: str) -> bool:
         found = self._catalog.models.find(model)
@@ -69,10 +69,18 @@ class Foretelling:
     def _spots(self, records: Iterable[TensorRecord]) -> set[Spot]:
         start, window = self._start, self._window
         found: set[Spot] = set()
-        for record in records:
-            if record.nbytes:
-                first, last = record.offset - start, record.offset + record.nbytes - 1 - start
-                found.update((record.component, n) for n in range(first // window, last // window + 1))
+        prefix, component, latest = "", "", -1
+        for record in records:  # a hundred thousand, while the store answers nobody else
+            offset, nbytes, name = record.offset - start, record.nbytes, record.name
+            if not nbytes:
+                continue
+            if not prefix or not name.startswith(prefix):
+                component, latest = record.component, -1
+                prefix = component + "."
+            first, last = offset // window, (offset + nbytes - 1) // window
+            if first != latest or last != latest:
+                found.update((component, number) for number in range(first, last + 1))
+                latest = last
         return found
 
     def _merged(self, spots: Iterable[Spot]) -> dict[str, list[tuple[int, int]]]:
