@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from weightstore.catalog import Catalog, Lease, Refit
@@ -20,6 +21,13 @@ from weightstore.wire import Places
 
 Spot = tuple[str, int]
 """A component, and the number of a window in which it has a place."""
+
+
+class _Last(NamedTuple):
+    """The last refit of a tag that had places when it was opened: its number, and they with its base's."""
+
+    refit: int
+    spots: set[Spot]
 
 
 class Foretelling:
@@ -32,13 +40,16 @@ class Foretelling:
         self._catalog = catalog
         self._start, self._end, self._window = start, end, window
         self._told: WeakKeyDictionary[Lease, set[Spot]] = WeakKeyDictionary()
-        self._last: dict[tuple[str, str], set[Spot]] = {}
+        self._last: dict[tuple[str, str], _Last] = {}
 
     def opened(self, refit: Refit) -> Iterator[tuple[Lease, Places]]:
-        """A refit has the places that were asked for so far."""
+        """A refit was opened, or another rank has joined it."""
+        last = self._last.get((refit.model, refit.tag))
+        if refit.declared.in_place or (last is not None and last.refit == refit.number):
+            return  # the places are those of the version that is read, or were told when the first rank came
         spots = self._spots(refit.targets.values())
-        if refit.declared.in_place or not spots:
-            return  # in place they are those of the version that is read
+        if not spots:
+            return
         self._remember(refit, spots)
         for lease in self._catalog.leases:
             if (lease.model, lease.tag) == (refit.model, refit.tag):
@@ -46,7 +57,9 @@ class Foretelling:
 
     def followed(self, lease: Lease) -> Iterator[tuple[Lease, Places]]:
         """Somebody leases what he may follow."""
-        yield from self._tell(lease, self._last.get((lease.model, lease.tag), set()))
+        last = self._last.get((lease.model, lease.tag))
+        if last is not None:
+            yield from self._tell(lease, last.spots)
 
     def _tell(self, lease: Lease, spots: set[Spot]) -> Iterator[tuple[Lease, Places]]:
         told = self._told.setdefault(lease, set())
@@ -60,7 +73,7 @@ class Foretelling:
         base = refit.base.records if refit.base is not None else {}
         before = self._spots([base[name] for name in refit.targets if name in base])
         self._last = {key: known for key, known in self._last.items() if self._exists(*key)}
-        self._last[refit.model, refit.tag] = spots | before
+        self._last[refit.model, refit.tag] = _Last(refit.number, spots | before)
 
     def _exists(self, model: str, tag: str) -> bool:
         found = self._catalog.models.find(model)
