@@ -33,6 +33,8 @@ the first image on the new ones, from outside, as the loop that drives them sees
 
 *Overhead* is the sum. The first cycle stands apart; of those after it, the steady ones, each phase shows the
 median, and *steady* is the sum of these medians. A way with one cycle shows that one's phases and factor.
+Where there are several runs, each way is shown from the newest in which it has steady cycles. *× weightstore*
+is against way 1 of the same run; for an engine with runs of its own, against way 1 as shown.
 *Pictures* says whether every image equals, bit for bit, what the other ways drew after as many steps.
 """
 
@@ -55,7 +57,13 @@ def readme(groups: Sequence[Group]) -> str:
     if not shown:
         return f"{NONE}\n"
     group = shown[0]
-    lines = [_headline(group), ""]
+    lines = [
+        f"{group.model} on {_device(group)}: {_model(group)}. Timed is from the last image on the old "
+        "weights to the first on the new ones, without the trainer's step.",
+        "",
+        _headline(group),
+        "",
+    ]
     lines += _table(("", "steady overhead", "first cycle"), _headline_rows(group))
     lines += [
         "",
@@ -94,12 +102,7 @@ def _group(group: Group) -> Iterator[str]:
             "Here engine and trainer share a CPU's memory: this shows that every way works and that the "
             "pictures are equal, not how fast anything is. Most of a relaunch is imports.\n"
         )
-    model = group.newest["model"]
-    yield (
-        f"{model['pipeline']}, {_gb(model['whole_bytes'])} of weights in {model['dtype']}, of which the "
-        f"{model['trained']} has {_gb(model['trained_bytes'])} in {model['trained_tensors']} tensors; "
-        f"images of {model['side']} × {model['side']} in {model['steps']} steps.\n"
-    )
+    yield f"{_model(group)}.\n"
     if group.on_gpu and summary.OURS in _measured(group):
         yield _headline(group) + "\n"
     yield from (_lines(_ways_table(group)), _lines(_explained(group)))
@@ -111,8 +114,8 @@ def _group(group: Group) -> Iterator[str]:
             "the machine's: the device's by NVML, the host's without page cache, less what was in use before "
             "each way (without the arena). *Awake* is after the cycle's images; *asleep* is when the trainer "
             "has all it needs, so that what is on the device then is mostly the trainer's. *Processes* is "
-            "what those that take part have by PSS (which does not see what a driver pins for them), *arena* "
-            "its pages, counted once:\n"
+            "what those that take part have by PSS (in which memory that a driver maps by itself may be "
+            "missing), *arena* its pages, counted once:\n"
         )
         yield _lines(_memory_table(group))
     checks = group.checks
@@ -132,31 +135,50 @@ def _group(group: Group) -> Iterator[str]:
     yield _lines(_facts(group))
 
 
+def _model(group: Group) -> str:
+    model = group.newest["model"]
+    return (
+        f"{model['pipeline']}, {_gb(model['whole_bytes'])} of weights in {model['dtype']}, of which the "
+        f"{model['trained']} has {_gb(model['trained_bytes'])} in {model['trained_tensors']} tensors; "
+        f"images of {model['side']} × {model['side']} in {model['steps']} steps"
+    )
+
+
 def _measured(group: Group) -> dict[str, Entry]:
     return {entry.key: entry for entry in group.measured}
 
 
 def _headline(group: Group) -> str:
+    """In words what steady cycles take: ours, the goals' rivals, and the frozen parts waking early."""
     ours = _measured(group)[summary.OURS]
-    text = f"Steady, weightstore is {seconds(summary.overhead(ours.way))} from image to image"
+    text = f"In steady cycles weightstore takes {seconds(summary.overhead(ours.way))}"
     bound = summary.least(ours.found)
-    if bound is not None and group.on_gpu:
+    if bound is not None:
         ratio = summary.overhead(ours.way) / bound
         text += f", {ratio:.2f} × what the link needs for the bytes, out and then in ({seconds(bound)})"
+    text += "."
     rivals = [
-        f"{entry.times_ours:.0f} × as long for “{entry.title}” ({seconds(summary.overhead(entry.way))})"
+        f"“{entry.title}” {seconds(summary.overhead(entry.way))}, {entry.times_ours:.0f} × as long"
         for key in ("3", "4", sglang.STOCK, "6")
         if (entry := _measured(group).get(key)) is not None and entry.times_ours is not None
     ]
-    text += f"; {', '.join(rivals)}." if rivals else "."
+    if rivals:
+        text += f" Others: {'; '.join(rivals)} (each factor against weightstore in the same run)."
+    return text + _staged(group)
+
+
+def _staged(group: Group) -> str:
     staged = _measured(group).get(summary.STAGED)
     if staged is None or not summary.has_steady(staged.way):
-        return text
-    text += f" If the frozen parts wake during the refit, it is {seconds(summary.overhead(staged.way))}"
+        return ""
+    takes = f"{seconds(summary.overhead(staged.way))} with the frozen parts waking during the refit"
     bound = summary.least(staged.found)
-    return (
-        f"{text}." if bound is None else f"{text}, {summary.overhead(staged.way) / bound:.2f} × the link's."
-    )
+    if bound is not None:
+        takes += f", {summary.overhead(staged.way) / bound:.2f} × that run's link ({seconds(bound)})"
+    plain = staged.found["ways"].get(summary.OURS)
+    if plain is None or not summary.has_numbers(plain):
+        return f" It took {takes}."
+    return f" In a run where that took {seconds(summary.overhead(plain))}, it took {takes}."
 
 
 def _headline_rows(group: Group) -> Iterator[list[str]]:

@@ -70,20 +70,28 @@ def checks(entries: Mapping[str, Any]) -> Iterator[summary.Check]:
     stock, ours = entries.get(STOCK), entries.get(summary.OURS)
     if stock is None or ours is None or not stock.has_numbers or not ours.has_numbers:
         return
-    if not comparable(stock.way, ours.found):
-        return
-    what = "of SGLang Diffusion, stock, against weightstore's"
-    if summary.has_steady(stock.way) and summary.has_steady(ours.way):
+    if comparable(stock.way, ours.found):
+        yield from _against(stock.way, ours.way, "faster.5", "weightstore's")
+    through = entries.get(PLUGIN)
+    if through is not None and through.has_numbers:
+        yield from _against(
+            stock.way, through.way, "faster.5p", "that of the same engine through weightstore"
+        )
+
+
+def _against(stock: Json, ours: Json, key: str, whose: str) -> Iterator[summary.Check]:
+    what = f"of SGLang Diffusion, stock, against {whose}"
+    if summary.has_steady(stock) and summary.has_steady(ours):
         yield summary.Check(
-            "faster.5",
+            key,
             f"steady overhead {what}",
-            summary.overhead(stock.way) / summary.overhead(ours.way),
+            summary.overhead(stock) / summary.overhead(ours),
             summary.STOCK_STEADY,
         )
     yield summary.Check(
-        "faster.5.first",
+        f"{key}.first",
         f"overhead in the first cycle {what}",
-        summary.first_overhead(stock.way) / summary.first_overhead(ours.way),
+        summary.first_overhead(stock) / summary.first_overhead(ours),
         summary.STOCK_FIRST,
     )
 
