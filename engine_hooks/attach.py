@@ -96,8 +96,8 @@ def attach(
         raise
     for component in components:
         component.move(Event.WOKE)
-    lease.on_places = partial(_pin_ahead, backend, lease, frozenset(modules))
-    lease.on_places(lease.places)  # those that the store has told of by now
+    lease.on_places = partial(_pin_ahead, backend, frozenset(modules))
+    lease.on_places(lease, lease.places)  # those that the store has told of by now
     restrided = tuple(name for s in surveys.values() for name in s.restrided)
     if restrided:
         _log.warning(
@@ -124,12 +124,7 @@ def attach(
     return Attached(backend, following, components, report)
 
 
-def _pin_ahead(
-    backend: DeviceBackend,
-    lease: Lease,
-    components: frozenset[str],
-    places: Places,
-) -> None:
+def _pin_ahead(backend: DeviceBackend, components: frozenset[str], lease: Lease, places: Places) -> None:
     """Where the next version may come to lie is prepared while it is written, or before: else the first wake
     on it would wait. Also on the connection's thread."""
     ranges = [stretch for name, stretches in places.items() if name in components for stretch in stretches]

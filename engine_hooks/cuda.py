@@ -216,12 +216,13 @@ class CudaBackend:
             return
         with self._choosing:
             self._closed = True
+            last, self._source = self._source, None
         self._device.synchronize()
         for image in self._images:
             image.close()
         self._images.clear()
-        with self._choosing:
-            self._forget_source()
+        if last is not None:
+            _close_source(last)
         self._stream.close()
         self._beside.close()
 
@@ -295,23 +296,20 @@ class CudaBackend:
 
     def _copier(self, source: ArenaMapping) -> Copier:
         """The copier for `source`; letting go of the arena before it, if that was another."""
-        with self._choosing:
-            if self._source is None or self._source.mapping is not source:
-                self._forget_source()
-                self._source = self._open_source(source)
-            copier = self._source.copier
-        copier.begin()
-        return copier
+        while True:
+            with self._choosing:
+                last = self._source
+                if last is None:
+                    last = self._source = self._open_source(source)
+                if last.mapping is source:
+                    last.copier.begin()
+                    return last.copier
+                self._source = None
+            _close_source(last)  # which takes long; `pin_ahead` is not to wait for it
 
     def _open_source(self, mapping: ArenaMapping) -> _Source:
         arena = PinnedArena.share(mapping, self._device)
         return _Source(mapping, arena, Copier(self._device, arena))
-
-    def _forget_source(self) -> None:
-        last, self._source = self._source, None
-        if last is not None:
-            last.copier.close()
-            last.arena.close()
 
     def _note(self, copier: Copier, todo: Iterable[tuple[CudaImage, Sequence[Run]]]) -> None:
         copied = sum(run.nbytes for _, runs in todo for run in runs)
@@ -325,6 +323,11 @@ class CudaBackend:
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError("the backend is closed")
+
+
+def _close_source(source: _Source) -> None:
+    source.copier.close()
+    source.arena.close()
 
 
 def _jobs(image: CudaImage, runs: Iterable[Run]) -> Iterable[Job]:

@@ -206,6 +206,8 @@ class Following:
         self.held = held
 
     def release(self) -> None:
+        # It refers to what refers to it: all of that would wait for the garbage collector.
+        self._lease.on_records = self._lease.on_places = None
         self._lease.release()
 
     def _fitting(self) -> Held:

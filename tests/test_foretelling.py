@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import pytest
 import torch
-from test_catalog import ALICE, BOB, START, catalog, opened, publish, refit_of, spec
+from test_catalog import ALICE, BOB, START, catalog, commit, opened, publish, refit_of, spec
 from torch import nn
 
 from engine_hooks import EngineHook
@@ -82,6 +84,61 @@ def test_who_comes_later_learns_at_once() -> None:
     (message,) = (message for _, message in f.followed(newest))
     for record in (*before.records.values(), *now.records.values()):
         assert lies_in(record, message.places[record.component]), record
+
+
+def test_a_newcomer_learns_where_the_version_goes_that_replaces_the_tags_own() -> None:
+    """Also where refits start from another tag's version."""
+    c = catalog()
+    publish(c)
+    c.set_tag("m", "ref", 1)
+    f = foretelling(c)
+    places = []
+    for _ in range(4):
+        refit = c.open_refit(opened(base=1), ALICE, 0.0)
+        list(f.opened(refit))
+        places.append({r.offset for r in refit.targets.values()})
+        newcomer = follower(c)
+        ((_, message),) = f.followed(newcomer)
+        c.release_lease(newcomer.number, BOB)
+        commit(c, refit.number, list(refit.targets))
+    assert places[1] == places[3] != places[2]
+    for record in c.resolve("m", "latest", None).records.values():
+        assert lies_in(record, message.places[record.component])
+    told_of = [stretch for stretches in message.places.values() for stretch in stretches]
+    assert all(any(o <= offset < o + n for o, n in told_of) for offset in places[2])
+
+
+def test_a_model_that_was_removed_and_one_of_its_name_are_two() -> None:
+    c = catalog()
+    publish(c)
+    f = foretelling(c)
+    list(f.opened(reopened(c)))
+    assert list(f.followed(follower(c)))
+    c.leases.drop_peer(BOB)
+    c.remove_model("m")
+    list(f.opened(c.open_refit(opened(), ALICE, 0.0)))
+    assert not f._last
+
+
+def test_tags_that_are_being_written_first_are_remembered_too() -> None:
+    c = catalog()
+    publish(c)
+    f = foretelling(c)
+    for tag in ("a", "b", "c"):
+        list(f.opened(c.open_refit(opened(tag=tag), ALICE, 0.0)))
+    assert {tag for _, tag in f._last} == {"a", "b", "c"}
+
+
+def test_what_many_have_been_told_exists_once() -> None:
+    c = catalog()
+    publish(c)
+    f = foretelling(c)
+    leases = [follower(c) for _ in range(50)]
+    messages = [message for _, message in f.opened(reopened(c))]
+    assert len(messages) == 50 and len({id(message.places) for message in messages}) == 1
+    assert len({id(f._told[lease]) for lease in leases}) == 1
+    newcomers = [follower(c) for _ in range(50)]
+    assert len({id(m.places) for lease in newcomers for _, m in f.followed(lease)}) == 1
 
 
 def test_what_is_remembered_is_bounded_by_the_tags_there_are() -> None:
@@ -163,7 +220,7 @@ def hear(store: Store) -> None:
 def test_preparing_tells_followers_and_refits_soon_repeat_nothing(store: Store) -> None:
     heard: list[Places] = []
     lease = store.lease("m", follow=True, on_offer=lambda lease: bool(lease.advance()))
-    lease.on_places = heard.append
+    lease.on_places = lambda lease, places: heard.append(places)
     store.prepare("m", components=["t"])
     hear(store)
     assert len(heard) == 1 and set(heard[0]) == {"t"}
@@ -210,8 +267,43 @@ def test_an_engine_prepares_for_its_own_components(store: Store) -> None:
             refit.abort("these were the places")
 
 
+def test_a_connection_that_is_made_anew_is_told_anew(store: Store) -> None:
+    heard: list[Places] = []
+    lease = store.lease("m", follow=True)
+    lease.on_places = lambda lease, places: heard.append(places)
+    store.prepare("m")
+    hear(store)
+    known = lease.places
+    assert len(heard) == 1 and set(known) == {"t", "vae"}
+    assert store.link.connection is not None
+    store.link.connection.close()
+    hear(store)  # reconnects, and renews the lease
+    hear(store)
+    assert not lease.lost and len(heard) == 2
+    for component, stretches in known.items():
+        assert set(stretches) <= set(lease.places[component]) and len(lease.places[component]) < 4
+    lease.release()
+
+
+def test_a_closed_hook_keeps_nothing_alive(store: Store) -> None:
+    module = nn.Linear(1, MIB // 4, bias=False, device="meta")
+    backend = HostBackend()
+    seen = weakref.ref(backend)
+    hook = EngineHook.attach(store, "m", {"vae": module}, ignore=["t.*"], backend=backend)
+    store.prepare("m")
+    hear(store)
+    gc.collect()
+    gc.disable()
+    try:
+        hook.close()
+        del hook, backend
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
 def test_what_a_listener_raises_ends_nothing(store: Store, caplog: pytest.LogCaptureFixture) -> None:
-    def fail(_: Places) -> None:
+    def fail(lease: object, places: Places) -> None:
         raise LookupError("listener")
 
     lease = store.lease("m", follow=True)

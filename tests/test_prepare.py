@@ -96,6 +96,8 @@ def test_what_cannot_be_prepared_changes_nothing(store: Store) -> None:
         with pytest.raises(RefitConflict):
             store.prepare("m", timeout=0.05)
         refit.put("f.w", torch.zeros(MIB // 4))
+    with pytest.raises(UsageError, match="timeout of nan"):
+        store.prepare("m", timeout=float("nan"))
     with pytest.raises(UsageError, match="no device 'gpu'"):
         store.prepare("m", device="gpu")
     with store.refit("other") as refit:

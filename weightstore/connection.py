@@ -1,6 +1,6 @@
 """One connection to a store: requests from any thread, answered through one I/O thread.
 
-The connection is dumb: it matches replies with requests, hands `Offer`s to a callback, carries file
+The connection is dumb: it matches replies with requests, hands what is `Unasked` to a callback, carries file
 descriptors, and ends. What a lease or a refit is, it does not know.
 
 Invariants:
@@ -8,7 +8,7 @@ Invariants:
   socket takes at once and leaves the rest to the I/O thread. So neither side can wait for the other in
   a circle, however large the frames are;
 - messages are handled in the order they arrive, each completely before the next: `on_reply` and the
-  offer callback see the peer's order;
+  callback for what is unasked see the peer's order;
 - every descriptor received is either given to a caller or closed;
 - when the connection ends, every waiter is released with the reason, then `on_lost` is told;
 - in a forked child the connection is closed (the parent's goes on): a child that kept it open would hide

@@ -1,11 +1,11 @@
 """Telling followers of a tag where its next version may come to lie.
 
-The places of a refit are known when it opens. Who follows the tag and has to prepare for reading there, as
-an engine that pins memory, can do that while the refit is being written; who comes to follow it later, at
-once.
+The places of a refit that declares what it writes are known when it opens. Who follows the tag and has to
+prepare for reading there, as an engine that pins memory, can do that while the refit is being written; who
+comes to follow it later, at once.
 
 Invariant: a follower is told of a window once for each component. So refits cost no message once their places
-repeat, as they soon do, and what is owed to a follower that reads nothing is bounded.
+repeat, as they soon do. What followers of one tag have been told is mostly the same, and then exists once.
 """
 
 from __future__ import annotations
@@ -21,13 +21,23 @@ from weightstore.wire import Places
 
 Spot = tuple[str, int]
 """A component, and the number of a window in which it has a place."""
+Spots = frozenset[Spot]
+NOWHERE: Spots = frozenset()
+
+
+class _News(NamedTuple):
+    """What to tell those who have been told the same, and what they have been told then."""
+
+    places: dict[str, list[tuple[int, int]]]
+    after: Spots
 
 
 class _Last(NamedTuple):
-    """The last refit of a tag that had places when it was opened: its number, and they with its base's."""
+    """The last refit of a tag that had places when it was opened: its number; they with those of the version
+    that the tag named then; and that as the news for a newcomer."""
 
     refit: int
-    spots: set[Spot]
+    newcomer: _News
 
 
 class Foretelling:
@@ -39,62 +49,82 @@ class Foretelling:
     def __init__(self, catalog: Catalog, start: int, end: int, window: int) -> None:
         self._catalog = catalog
         self._start, self._end, self._window = start, end, window
-        self._told: WeakKeyDictionary[Lease, set[Spot]] = WeakKeyDictionary()
+        self._told: WeakKeyDictionary[Lease, Spots] = WeakKeyDictionary()
         self._last: dict[tuple[str, str], _Last] = {}
 
     def opened(self, refit: Refit) -> Iterator[tuple[Lease, Places]]:
         """A refit was opened, or another rank has joined it."""
-        last = self._last.get((refit.model, refit.tag))
+        key = refit.model, refit.tag
+        last = self._last.get(key)
+        if refit.base is None:  # a new model, maybe of an old one's name
+            self._last.pop(key, None)
         if refit.declared.in_place or (last is not None and last.refit == refit.number):
             return  # the places are those of the version that is read, or were told when the first rank came
         spots = self._spots(refit.targets.values())
         if not spots:
             return
         self._remember(refit, spots)
+        news: dict[Spots, _News] = {}
         for lease in self._catalog.leases:
-            if (lease.model, lease.tag) == (refit.model, refit.tag):
-                yield from self._tell(lease, spots)
+            if lease.follow and (lease.model, lease.tag) == key:
+                told = self._told.get(lease, NOWHERE)
+                if told not in news:
+                    news[told] = self._news(told, spots)
+                yield from self._tell(lease, news[told])
 
     def followed(self, lease: Lease) -> Iterator[tuple[Lease, Places]]:
         """Somebody leases what he may follow."""
         last = self._last.get((lease.model, lease.tag))
-        if last is not None:
-            yield from self._tell(lease, last.spots)
+        if last is not None and lease.follow:
+            told = self._told.get(lease)  # of a refit that was opened a moment ago, maybe
+            news = last.newcomer if told is None else self._news(told, last.newcomer.after)
+            yield from self._tell(lease, news)
 
-    def _tell(self, lease: Lease, spots: set[Spot]) -> Iterator[tuple[Lease, Places]]:
-        told = self._told.setdefault(lease, set())
-        new = sorted(spots - told)
-        if new and lease.follow:
-            told.update(new)
-            yield lease, Places(lease=lease.number, places=self._merged(new))
+    def _tell(self, lease: Lease, news: _News) -> Iterator[tuple[Lease, Places]]:
+        self._told[lease] = news.after
+        if news.places:
+            yield lease, Places(lease=lease.number, places=news.places)
 
-    def _remember(self, refit: Refit, spots: set[Spot]) -> None:
-        """For who comes later. Versions take turns: the next lies there, or where this refit's base does."""
-        base = refit.base.records if refit.base is not None else {}
-        before = self._spots([base[name] for name in refit.targets if name in base])
-        self._last = {key: known for key, known in self._last.items() if self._exists(*key)}
-        self._last[refit.model, refit.tag] = _Last(refit.number, spots | before)
+    def _news(self, told: Spots, spots: Spots) -> _News:
+        new = spots - told
+        return _News(self._merged(sorted(new)), told | new if new else told)
+
+    def _remember(self, refit: Refit, spots: Spots) -> None:
+        """For newcomers. Versions take turns: the next will lie where this refit has its places, or where the
+        version that it replaces has them."""
+        model = self._catalog.models.find(refit.model)
+        now = model.tags.get(refit.tag) if model is not None else None
+        if model is not None and now in model.versions:
+            records = model.versions[now].records
+            spots |= self._spots([records[name] for name in refit.targets if name in records])
+        being_written = {(open_.model, open_.tag) for open_ in self._catalog.open_refits()}
+        self._last = {
+            key: last for key, last in self._last.items() if key in being_written or self._exists(*key)
+        }
+        self._last[refit.model, refit.tag] = _Last(refit.number, self._news(NOWHERE, spots))
 
     def _exists(self, model: str, tag: str) -> bool:
         found = self._catalog.models.find(model)
         return found is not None and tag in found.tags
 
-    def _spots(self, records: Iterable[TensorRecord]) -> set[Spot]:
+    def _spots(self, records: Iterable[TensorRecord]) -> Spots:
         start, window = self._start, self._window
         found: set[Spot] = set()
-        prefix, component, latest = "", "", -1
-        for record in records:  # a hundred thousand, while the store answers nobody else
-            offset, nbytes, name = record.offset - start, record.nbytes, record.name
+        latest: dict[str, int] = {}
+        for record in records:  # maybe a hundred thousand, while the store answers nobody else
+            nbytes = record.nbytes
             if not nbytes:
                 continue
-            if not prefix or not name.startswith(prefix):
-                component, latest = record.component, -1
-                prefix = component + "."
+            offset = record.offset - start
+            component = record.name.partition(".")[0]
             first, last = offset // window, (offset + nbytes - 1) // window
-            if first != latest or last != latest:
+            if first == last:
+                if latest.get(component) != first:
+                    found.add((component, first))
+                    latest[component] = first
+            else:
                 found.update((component, number) for number in range(first, last + 1))
-                latest = last
-        return found
+        return frozenset(found)
 
     def _merged(self, spots: Iterable[Spot]) -> dict[str, list[tuple[int, int]]]:
         """Stretches of whole windows, as (offset, nbytes) by component; `spots` are sorted."""

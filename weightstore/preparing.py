@@ -31,6 +31,8 @@ def prepare(
     timeout: float,
 ) -> int:
     """See `Store.prepare`."""
+    if not timeout >= 0:
+        raise UsageError(f"a timeout of {timeout} s")
     chosen = None if device is None else _device(device)
     with _opened(store, model, tag, components, timeout) as refit:
         if not refit.base:

@@ -79,8 +79,9 @@ class Lease:
             call `advance`, and must hand anything else over to another thread.
         on_records: called on that thread with the version and records of every offer, also one that a parked
             lease takes at once, before anybody can see it: to look at them while nobody waits.
-        on_places: called on that thread when the store says where the next version may come to lie: in
-            windows where refits of the tag have places, each of which it names once. See `places`.
+        on_places: called on that thread with the lease when the store says where the next version may come to
+            lie: in windows where refits of the tag have places. On one connection each is named once, and
+            after a reconnection again. See `places`.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class Lease:
         self.follow = follow
         self.on_offer = on_offer
         self.on_records: Callable[[int, Mapping[str, TensorRecord]], None] | None = None
-        self.on_places: Callable[[Places], None] | None = None
+        self.on_places: Callable[[Lease, Places], None] | None = None
         self._places: dict[str, list[tuple[int, int]]] = {}
         self._ended = ended
         self._link = link
@@ -147,7 +148,7 @@ class Lease:
 
     @property
     def places(self) -> Places:
-        """All that `on_places` was called with, or would have been."""
+        """All that `on_places` was called with on this connection, or would have been."""
         with self._lock:
             return {component: tuple(stretches) for component, stretches in self._places.items()}
 
@@ -470,7 +471,7 @@ class Lease:
                 self._places.setdefault(component, []).extend(stretches)
         if self.on_places is not None:
             try:
-                self.on_places(said.places)
+                self.on_places(self, said.places)
             except Exception:
                 _log.exception("on_places of %r failed", self)
 

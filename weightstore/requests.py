@@ -184,7 +184,8 @@ class Requests:
                 holder=slow,
             )
         self._catalog.begin_writing(refit.number, peer)
-        asyncio.get_running_loop().call_soon(self._foretell, refit)  # once the writer has its answer
+        loop = asyncio.get_running_loop()
+        loop.call_soon(loop.call_soon, self._foretell, refit)  # when the writer's answer is on its way
         base = refit.base
         return wire.RefitOpened(
             id=request.id,

@@ -29,7 +29,6 @@ import fcntl
 import logging
 import os
 import threading
-from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple, Protocol
 
@@ -141,11 +140,12 @@ class _Registrations:
                 )
             flags |= api().CU_MEMHOSTREGISTER_READ_ONLY
         address = pages.address + window.start
-        # Advice only: without it the driver faults the pages in itself, slower, or reports why it cannot.
-        _libc.madvise(address, window.nbytes, MADV_POPULATE_WRITE if pages.writable else MADV_POPULATE_READ)
+        populate = MADV_POPULATE_WRITE if pages.writable else MADV_POPULATE_READ
         with _file_lock(pin_lock(self.uuid), patient) as locked, device.current():
             if not locked:
                 return False
+            # Advice only: without it the driver faults the pages in itself, slower, or reports why it cannot.
+            _libc.madvise(address, window.nbytes, populate)
             try:
                 call("cuMemHostRegister", address, window.nbytes, flags)
             except DeviceError as error:
@@ -196,7 +196,7 @@ class PinnedArena:
         header = unpack_header(self._pages)
         self.window = header.window
         self._end = min(mapping.nbytes, header.nbytes)
-        self._wanted: deque[Window] = deque()  # by the background thread; guarded by registrations.turn
+        self._wanted: dict[Window, None] = {}  # by the background thread, in order; guarded by `turn`
         self._ahead: threading.Thread | None = None
         self._closed = False
 
@@ -286,9 +286,11 @@ class PinnedArena:
         """Have a background thread pin the windows that the (offset, nbytes) ranges touch, in order, after
         those of earlier calls; all committed ones by default. Returns at once; does nothing once closed.
 
-        What is not committed, or lies beyond this mapping, is left out. A refusal by the driver ends all that
-        was asked for so far and is logged; copies then meet it too.
+        A window that is not committed as a whole, or lies beyond this mapping, is left out. A refusal by the
+        driver ends all that was asked for so far and is logged; copies then meet it too.
         """
+        if self._closed:
+            return
         end = self.committed_end
         if ranges is None:
             ranges = [(DATA_OFFSET, end - DATA_OFFSET)]
@@ -299,16 +301,17 @@ class PinnedArena:
                 for offset, nbytes in ranges
                 if offset >= DATA_OFFSET
                 for window in self.windows(offset, min(nbytes, end - offset))
-                if registrations.find(window, self._writable) is None
+                if window.end <= end and registrations.find(window, self._writable) is None
             }
         )
         with registrations.turn:
             if self._closed or not missing:
                 return
-            self._wanted.extend(missing)
+            self._wanted.update(dict.fromkeys(missing))
             if self._ahead is None:
-                self._ahead = threading.Thread(target=self._pin_ahead, name="weightstore-pin", daemon=True)
-                self._ahead.start()
+                thread = threading.Thread(target=self._pin_ahead, name="weightstore-pin", daemon=True)
+                thread.start()
+                self._ahead = thread
 
     def settle(self) -> None:
         """Wait for the background thread, if one is running."""
@@ -374,19 +377,19 @@ class PinnedArena:
                 if not self._wanted:
                     self._ahead = None
                     return
-                window = self._wanted[0]
+                window = next(iter(self._wanted))
             try:
                 done = self._pin_if_free(window)
-            except DeviceError as error:
-                log.warning("pinning ahead stopped: %s", error.message)
+            except Exception as error:  # of the driver, or of the lock file
+                log.warning("pinning ahead stopped: %s", error)
                 with registrations.turn:
                     self._wanted.clear()
                 continue
             with registrations.turn:
-                if not done:
+                if done:
+                    self._wanted.pop(window, None)  # gone if closed meanwhile
+                else:
                     registrations.turn.wait(TURN)
-                elif self._wanted:  # else closed meanwhile
-                    self._wanted.popleft()
 
     def _pin_if_free(self, window: Window) -> bool:
         """Register `window` unless it is; False if another process is registering just now."""
