@@ -163,7 +163,8 @@ def _headline(group: Group) -> str:
         if (entry := _measured(group).get(key)) is not None and entry.times_ours is not None
     ]
     if rivals:
-        text += f" Others: {'; '.join(rivals)} (each factor against weightstore in the same run)."
+        apart = ", SGLang's against the time above" if sglang.STOCK in _measured(group) else ""
+        text += f" Others: {'; '.join(rivals)} (factors are against weightstore in the same run{apart})."
     return text + _staged(group)
 
 
