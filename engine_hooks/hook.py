@@ -186,6 +186,8 @@ class EngineHook:
             todo = [component for component in chosen if not component.asleep]
             already = _names(component for component in chosen if component.asleep)
             if not todo:
+                if self.state is State.ASLEEP and not self._following.parked:
+                    self._following.park()  # a sleep before this one was interrupted when the memory had gone
                 now = self.backend.memory_in_use()
                 return SleepReport((), already, 0, now, 0, 0, 0.0, time.perf_counter() - began)
             with self._drained(drain_timeout) as waited:

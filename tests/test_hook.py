@@ -184,6 +184,28 @@ def test_a_refit_copies_what_changed_into_an_awake_engine(store: Store, model: s
         assert len(told) == 1
 
 
+def test_a_sleep_that_was_interrupted_is_finished_by_the_next(
+    store: Store, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the store would keep the version for an engine that reads nothing."""
+    with EngineHook.attach(store, model, {"net": net()}) as hook:
+        monkeypatch.setattr(hook._following, "park", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            hook.sleep()
+        monkeypatch.undo()
+        assert hook.state is State.ASLEEP and not hook._following.parked
+        assert hook.sleep().already == ("net",)
+        (lease,) = [lease for lease in store.status().leases if lease.model == model]
+        assert lease.parked
+        publish(store, model, {"net": net(1)})
+        assert leases(store, model) == [2]
+        assert hook.wake().version == 2
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_sleeping_engine_wakes_on_the_newest_version(store: Store, model: str) -> None:
     engine = net()
     told: list[tuple[str, ...]] = []
