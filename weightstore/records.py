@@ -26,9 +26,10 @@ def check_records(records: Iterable[TensorRecord]) -> None:
     kinds: set[tuple[object, ...]] = set()
     for r in records:
         kind = (r.dtype, r.shape, r.stride, r.nbytes, r.encoding)
-        if r.offset < 0 or (r.nbytes and r.offset % ALIGN) or not (kind in kinds or _possible(r)):
+        if r.offset < 0 or (r.nbytes and r.offset % ALIGN) or (kind not in kinds and not _possible(r)):
             raise ProtocolError(f"the store sent an impossible record: {r}")
-        kinds.add(kind)
+        if kind not in kinds:
+            kinds.add(kind)
 
 
 def _possible(record: TensorRecord) -> bool:

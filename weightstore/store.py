@@ -364,10 +364,13 @@ class Store:
 def merge(extents: Iterable[Extent]) -> list[Extent]:
     """Sorted extents with neighbours (up to alignment) joined, each a multiple of the alignment."""
     merged: list[Extent] = []
-    for extent in sorted(extents):
-        span = align_up(extent.nbytes)
-        if merged and merged[-1].end == extent.offset:
-            merged[-1] = Extent(merged[-1].offset, merged[-1].nbytes + span)
-        else:
-            merged.append(Extent(extent.offset, span))
+    start = end = -1
+    for offset, span in sorted([(extent.offset, align_up(extent.nbytes)) for extent in extents]):
+        if offset != end:
+            if start != end:
+                merged.append(Extent(start, end - start))
+            start = offset
+        end = offset + span
+    if start != end:
+        merged.append(Extent(start, end - start))
     return merged

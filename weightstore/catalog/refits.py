@@ -208,9 +208,11 @@ def check_request(request: OpenRefit) -> None:
 def check_declaration(request: OpenRefit, model: Model | None, base: Version | None) -> None:
     """Raise UsageError or CoverageError for a refit that contradicts its base."""
     if base is not None:
+        if not request.components or request.extend:
+            return
         present = {component_of(name) for name in base.records}
-        unknown = [c for c in request.components or [] if c not in present]
-        if unknown and not request.extend:
+        unknown = [c for c in request.components if c not in present]
+        if unknown:
             raise CoverageError(
                 f"model {request.model!r} version {base.number} has no component {', '.join(unknown)}; it "
                 f"has {', '.join(sorted(present))} (extend=True adds new ones)",
