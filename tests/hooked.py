@@ -1,4 +1,4 @@
-"""What the hook's tests share: backends that fail on demand, and looking at modules bit by bit."""
+"""What the hook's tests share: a small engine, backends that fail on demand, a look at modules bit by bit."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from engine_hooks.host import HostBackend
 from weightstore.client import Store
 from weightstore.errors import DeviceError, DeviceMemoryError
 from weightstore.mapping import ArenaMapping
+
+PATIENCE = 20.0
 
 _numbers = itertools.count()
 
@@ -42,6 +44,33 @@ def publish(
         for name, module in modules.items():
             refit.put_module(module, prefix=f"{name}.")
     return refit.report.version
+
+
+class Net(nn.Module):
+    """Two layers as weights, a step counter and a cache as engine state."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, width)
+        self.second = nn.Linear(width, width)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.cache = [torch.zeros(3, dtype=torch.complex64)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.steps += 1
+        return self.second(torch.relu(self.first(x)))
+
+
+def net(seed: int = 0, width: int = 32) -> Net:
+    torch.manual_seed(seed)
+    return Net(width).eval().requires_grad_(False)
+
+
+X = torch.linspace(-1, 1, 64).reshape(2, 32)
+
+
+def leases(store: Store, model: str) -> list[int]:
+    return [lease.version for lease in store.status().leases if lease.model == model]
 
 
 class Faulty(HostBackend):

@@ -144,8 +144,8 @@ def test_frozen_parts_that_wake_during_the_refit_are_ours_too(place: Place) -> N
     ours, staged = (sum(made.TAKES[key]) - made.OWN for key in ("1", "1s"))
     bound = 0.43 + 0.62
     also = (
-        f"In a run where that took {summary.seconds(ours)}, it took {summary.seconds(staged)} with the "
-        f"frozen parts waking during the refit, {staged / bound:.2f} × that run's link "
+        f"In a run where weightstore took {summary.seconds(ours)} so, it took {summary.seconds(staged)} with "
+        f"the frozen parts waking during the refit, {staged / bound:.2f} × that run's link "
         f"({summary.seconds(bound)})."
     )
     assert also in page and also in place.readme.read_text()

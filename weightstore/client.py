@@ -204,7 +204,7 @@ class Store:
         follow the tag pin the room as well, in the background. It is of no use to in-place refits.
 
         Args:
-            timeout: seconds to wait while the tag is being written or prepared by another process.
+            timeout: seconds to wait while a refit of the tag is open, or the tag is being prepared.
 
         Returns:
             Bytes that a version of the components takes.

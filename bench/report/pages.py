@@ -178,8 +178,9 @@ def _staged(group: Group) -> str:
         takes += f", {summary.overhead(staged.way) / bound:.2f} × that run's link ({seconds(bound)})"
     plain = staged.found["ways"].get(summary.OURS)
     if plain is None or not summary.has_numbers(plain):
-        return f" It took {takes}."
-    return f" In a run where that took {seconds(summary.overhead(plain))}, it took {takes}."
+        return f" Weightstore takes {takes}."
+    plainly = seconds(summary.overhead(plain))
+    return f" In a run where weightstore took {plainly} so, it took {takes}."
 
 
 def _headline_rows(group: Group) -> Iterator[list[str]]:
